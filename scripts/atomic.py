@@ -1,0 +1,47 @@
+"""Writing so that nothing half-written is ever taken for whole: to a temporary sibling, then renamed."""
+
+import contextlib
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path` for a file or a folder; it replaces `path` only if the block succeeds.
+
+    Raises OSError as the file system does. On any error the temporary is removed and `path` stays as it was. What
+    killed processes left beside `path` is removed first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        if not _is_running(left.name.rpartition("-")[2]):
+            _remove(left)
+    _remove(temporary)
+    try:
+        yield temporary
+        if temporary.is_dir():
+            _remove(path)  # a folder can't be renamed onto one that has files in it
+        os.replace(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, PermissionError):
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,25 @@
+"""Errors that a user can mend: printed as one sentence, exit code 1, no traceback."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from wasabi import msg
+
+
+class UserError(Exception):
+    """Bad input or surroundings; the message says what, where, what was expected and what to do."""
+
+
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turns a UserError, and an operating system's refusal, into one printed sentence and exit code 1."""
+    try:
+        yield
+    except UserError as error:
+        msg.fail(str(error))
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        msg.fail(f"{where}{error.strerror or error}; free the space or the path it names and run the command again.")
+        sys.exit(1)

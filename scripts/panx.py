@@ -1,0 +1,105 @@
+"""PAN-X sentences: the TSV form, its tags, the digest of its content, and the model card's subset of it."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+
+from errors import UserError
+
+SPLITS = ("train", "validation", "test")
+ENTITY_LABELS = ("LOC", "ORG", "PER")
+TAGS = ("O", *(f"{prefix}-{label}" for label in ENTITY_LABELS for prefix in "BI"))
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One sentence as PAN-X has it: `words` and `tags` (IOB2 strings) have the same length."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+
+
+def split_path(folder: Path, split: str, lang: str) -> Path:
+    """The split's TSV file in a folder: `train-it.tsv` as PAN-X's processed files are named, or `train.tsv`.
+
+    Raises UserError where the folder has neither.
+    """
+    names = (f"{split}-{lang}.tsv", f"{split}.tsv")
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(
+        f"{folder}: neither {names[0]} nor {names[1]} is there; name a folder with all three splits "
+        f"({', '.join(SPLITS)}) as token<TAB>tag files."
+    )
+
+
+def read_tsv(path: Path) -> list[Sentence]:
+    """Reads `token<TAB>tag` lines, sentences parted by blank lines. Tokens are kept as they are, blank ones too.
+
+    Raises UserError, with file and line, for bytes that are not UTF-8, a line without exactly one tab, a tag outside
+    IOB2 over PER, ORG and LOC, and a file without a sentence.
+    """
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {number}: not UTF-8 (byte {data[error.start]:#04x}); save it as UTF-8.") from None
+    sentences: list[Sentence] = []
+    words: list[str] = []
+    tags: list[str] = []
+    # only "\n" ends a line: str.splitlines would also cut inside tokens that hold U+2028 or U+0085
+    for number, raw in enumerate([*text.split("\n"), ""], start=1):
+        line = raw.removesuffix("\r")
+        if not line:
+            if words:
+                sentences.append(Sentence(tuple(words), tuple(tags)))
+                words, tags = [], []
+            continue
+        if line.count("\t") != 1:
+            raise UserError(
+                f"{path}, line {number}: {line[:40]!r} has {line.count(chr(9))} tabs where token<TAB>tag has one; "
+                "mend the line."
+            )
+        word, tag = line.split("\t")
+        check_tags([tag], f"{path}, line {number}")
+        words.append(word)
+        tags.append(tag)
+    if not sentences:
+        raise UserError(f"{path}: no sentence in it where token<TAB>tag lines were expected; give the split's file.")
+    return sentences
+
+
+def check_tags(tags: Iterable[str], where: str) -> None:
+    """Raises UserError, beginning with `where`, for the first tag outside IOB2 over PER, ORG and LOC."""
+    for tag in tags:
+        if tag not in TAGS:
+            raise UserError(f"{where}: unknown tag {tag!r}; expected IOB2 tags: {', '.join(TAGS)}.")
+
+
+def to_tsv(sentences: Sequence[Sentence]) -> bytes:
+    """The sentences as UTF-8 `token<TAB>tag` lines, a blank line between sentences, none after the last one."""
+    lines = ("".join(f"{word}\t{tag}\n" for word, tag in zip(s.words, s.tags, strict=True)) for s in sentences)
+    return "\n".join(lines).encode("utf8")
+
+
+def digest(sentences: Sequence[Sentence]) -> str:
+    """SHA-256 of the content in TSV form: the same for a TSV file and a Parquet file that hold the same sentences."""
+    return hashlib.sha256(to_tsv(sentences)).hexdigest()
+
+
+def subset(sentences: Sequence[Sentence], size: int, name: str) -> list[Sentence]:
+    """The `size` sentences that the model card's `shuffle(seed=0).select(range(size))` picks, in that order; 0 for all.
+
+    datasets.Dataset.shuffle(seed) permutes with `numpy.random.default_rng(seed)`. All sentences are left in file order.
+    Raises UserError, naming the split as `name`, where `size` is negative or above what there is.
+    """
+    if not 0 <= size <= len(sentences):
+        raise UserError(f"{name}: {size} sentences asked for, {len(sentences)} there; set a size up to that, or 0.")
+    if size == 0:
+        return list(sentences)
+    return [sentences[i] for i in numpy.random.default_rng(0).permutation(len(sentences))[:size]]

@@ -1,0 +1,120 @@
+"""Makes of a trained pipeline what `spacy package` packs: a full meta.json, a config that needs no file of ours."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import spacy
+import srsly
+import typer
+from spacy.util import load_config
+from thinc.api import Config
+from wasabi import msg
+
+from atomic import replacing
+from errors import UserError, one_sentence
+
+TRAINING_SECTIONS = ("paths", "system", "corpora", "training", "initialize")
+
+
+def inference_config(config: Config, encoder: str) -> Config:
+    """The pipeline's config with spaCy's defaults in place of the training that made it.
+
+    The training names functions and files of this project that an installed package does not have, so that
+    `nlp.resume_training()` would fail. encoder: what the transformer is called in place of the folder it came from.
+    """
+    config = config.copy()
+    config["components"]["transformer"]["model"]["name"] = encoder
+    defaults = spacy.blank(config["nlp"]["lang"]).config
+    for section in TRAINING_SECTIONS:
+        config[section] = defaults[section]
+    return config
+
+
+def make_meta(
+    template: dict[str, Any],
+    *,
+    lang: str,
+    name: str,
+    version: str,
+    provenance: dict[str, Any],
+    test: dict[str, Any],
+    raw_text: dict[str, Any],
+) -> dict[str, Any]:
+    """meta.json's fields: the template's, the package's name, its sources, and its figures on the test sentences.
+
+    template: configs/meta.json, whose `sources` say what is known of a source. provenance: assets/provenance.json.
+    test: what `spacy evaluate --gold-preproc` wrote. raw_text: what scripts/evaluate.py wrote. Raises UserError for the
+    figures of a pipeline that finds nothing.
+    """
+    if not test.get("ents_f") or not test.get("ents_per_type"):
+        raise UserError(
+            f"metrics/test.json: ents_f is {test.get('ents_f')}, so the pipeline finds no entity that is right; train "
+            "on more sentences or for longer (--vars.train_size, --vars.epochs) before packaging it."
+        )
+    performance = {key: test[key] for key in ("ents_f", "ents_p", "ents_r", "ents_per_type")}
+    performance |= {f"raw_text_{key}": raw_text[key] for key in ("ents_f", "ents_p", "ents_r")}
+    sources = [_source(provenance[kind], template["sources"]) for kind in ("data", "encoder")]
+    own = {"lang": lang, "name": name, "version": version, "sources": sources, "performance": performance}
+    return template | own
+
+
+def _source(record: dict[str, Any], known: dict[str, dict[str, str]]) -> dict[str, str]:
+    source = known.get(record["source"], {"name": record["source"], "license": "unknown"})
+    config = {"config": record["config"]} if record.get("config") else {}
+    commit = {"commit": record["commit"]} if record["commit"] else {}
+    return source | config | commit
+
+
+def prepare_package(model: Path, output: Path, meta: dict[str, Any], encoder: str) -> None:
+    """Writes the folder `output`: the trained pipeline `model` with that meta.json and an inference config.
+
+    The weights are hard links where the file system has them, so that a large encoder is not stored twice.
+    """
+    with replacing(output) as folder:
+        shutil.copytree(model, folder, copy_function=_link_or_copy)
+        config = inference_config(load_config(model / "config.cfg"), encoder)
+        trained = srsly.read_json(model / "meta.json")
+        # a link must not be written through: it is the trained pipeline's own file
+        for name in ("config.cfg", "meta.json"):
+            (folder / name).unlink()
+        config.to_disk(folder / "config.cfg")
+        srsly.write_json(folder / "meta.json", trained | meta)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Trained pipeline", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder for `spacy package`", show_default=False)],
+    lang: Annotated[str, typer.Option(help="First part of the package's name")],
+    name: Annotated[str, typer.Option(help="Second part of the package's name")],
+    version: Annotated[str, typer.Option(help="The package's version")],
+    template: Annotated[Path, typer.Option(help="Author, licence, requirements, sources")] = Path("configs/meta.json"),
+    metrics: Annotated[Path, typer.Option(help="Folder with test.json and raw_text.json")] = Path("metrics"),
+    provenance: Annotated[Path, typer.Option(help="Where data and encoder came from")] = Path("assets/provenance.json"),
+) -> None:
+    """Write a trained pipeline's metadata and make it independent of the project, for `spacy package`."""
+    with one_sentence():
+        origin = srsly.read_json(provenance)
+        meta = make_meta(
+            srsly.read_json(template),
+            lang=lang,
+            name=name,
+            version=version,
+            provenance=origin,
+            test=srsly.read_json(metrics / "test.json"),
+            raw_text=srsly.read_json(metrics / "raw_text.json"),
+        )
+        prepare_package(model, output, meta, origin["encoder"]["source"])
+        msg.good(f"{output}: {lang}_{name} {version}, F1 {meta['performance']['ents_f'] * 100:.2f} on the test sentences")
+
+
+if __name__ == "__main__":
+    typer.run(main)

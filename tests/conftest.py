@@ -1,0 +1,88 @@
+"""What several test files share: the sample corpus, a tiny XLM-R, the scripts as commands, PAN-X.it where it is given."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import sentencepiece
+import torch
+import typer
+from panx import Sentence, read_tsv
+from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizerFast
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "corpus" / "sample"
+# no test may ask a hub for anything
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.fixture(scope="session")
+def panx_dir() -> Path:
+    """The folder of the full PAN-X.it; its licence keeps it out of the project."""
+    folder = Path(os.environ.get("PANX_DIR", ROOT.parent / "shared" / "panx-it"))
+    if not (folder / "train-it.tsv").is_file():
+        pytest.skip("the full PAN-X.it is not here: PANX_DIR names the folder of its {train,validation,test}-it.tsv")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample() -> dict[str, list[Sentence]]:
+    return {split: read_tsv(SAMPLE / f"{split}.tsv") for split in ("train", "validation", "test")}
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory, sample: dict[str, list[Sentence]]) -> Path:
+    """An XLM-R of 2 layers with random weights, its tokenizer made from a SentencePiece file as the real one's is."""
+    folder = tmp_path_factory.mktemp("tiny-xlm-r")
+    text = folder / "text.txt"
+    text.write_text("\n".join(" ".join(s.words) for s in sample["train"]), encoding="utf8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(folder / "sentencepiece.bpe"),
+        vocab_size=700,
+        model_type="unigram",
+        normalization_rule_name="nmt_nfkc",
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    text.unlink()
+    (folder / "sentencepiece.bpe.vocab").unlink()
+    tokenizer = XLMRobertaTokenizerFast(vocab_file=str(folder / "sentencepiece.bpe.model"), model_max_length=512)
+    tokenizer.save_pretrained(folder)
+    config = XLMRobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=514,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        type_vocab_size=1,
+    )
+    torch.manual_seed(0)
+    XLMRobertaModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def refused() -> Callable[..., str]:
+    """Runs a script's command, which must refuse its input; returns the one sentence that it prints."""
+
+    def run(script: ModuleType, *arguments: object) -> str:
+        app = typer.Typer()
+        app.command()(script.main)
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == 1, result.output
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert result.output.count("✘") == 1
+        return " ".join(result.output.split())
+
+    return run

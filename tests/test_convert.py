@@ -1,0 +1,167 @@
+import pytest
+import spacy
+import convert as convert_script
+import srsly
+from convert import convert, make_doc, repair
+from panx import SPLITS, Sentence, read_tsv, to_tsv
+from spacy.tokens import DocBin
+from spacy.training import biluo_to_iob
+
+FILES = {"train": "train.spacy", "validation": "dev.spacy", "test": "test.spacy"}
+ALL = dict.fromkeys(SPLITS, 0)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder with three splits that can be converted."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in SPLITS:
+        (folder / f"{split}.tsv").write_text("Anna\tB-PER\nNeri\tI-PER\n(\tO\nBari\tB-LOC\n)\tO\n", encoding="utf8")
+    return folder
+
+
+def iob2(doc):
+    return [f"{t.ent_iob_}-{t.ent_type_}" if t.ent_type_ else "O" for t in doc]
+
+
+def read_docs(path):
+    return list(DocBin().from_disk(path).get_docs(spacy.blank("it").vocab))
+
+
+def check_round_trip(folder, output, lang_suffix):
+    for split in SPLITS:
+        sentences, docs = read_tsv(folder / f"{split}{lang_suffix}.tsv"), read_docs(output / FILES[split])
+        assert [tuple(t.text for t in doc) for doc in docs] == [s.words for s in sentences]
+        assert [tuple(iob2(doc)) for doc in docs] == [s.tags for s in sentences]
+        assert not any(doc.has_unknown_spaces for doc in docs)
+
+
+def test_tokens_and_tags_of_the_sample_survive(tmp_path, sample, tiny_encoder):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, sentences in sample.items():
+        (folder / f"{split}.tsv").write_bytes(to_tsv(sentences))
+    convert(folder, tmp_path / "corpus", "it", tiny_encoder, ALL)
+    check_round_trip(folder, tmp_path / "corpus", "")
+
+
+def test_tokens_and_tags_of_all_40000_sentences_survive(tmp_path, tiny_encoder, panx_dir):
+    stats = convert(panx_dir, tmp_path, "it", tiny_encoder, ALL)
+    check_round_trip(panx_dir, tmp_path, "-it")
+    assert stats["train"]["entities"] == {"LOC": 9852, "ORG": 8045, "PER": 9766}
+    assert stats["train"]["duplicate_sentences"] > 1000
+    assert stats["shared"]["validation also in train"] == 1205
+    assert stats["shared"]["test also in train"] == 1161
+
+
+def test_text_has_spaces_where_a_person_writes_them(data, tmp_path, tiny_encoder):
+    convert(data, tmp_path, "it", tiny_encoder, ALL)
+    assert read_docs(tmp_path / "train.spacy")[0].text == "Anna Neri (Bari)"
+
+
+def test_gold_annotation_of_every_token_is_known(data, tmp_path, tiny_encoder):
+    convert(data, tmp_path, "it", tiny_encoder, ALL)
+    doc = read_docs(tmp_path / "train.spacy")[0]
+    assert [token.ent_iob_ for token in doc] == ["B", "I", "O", "B", "O"]
+
+
+def test_blank_tokens_are_dropped_and_counted():
+    sentence, repairs = repair(Sentence(("Anna", " ", "", "\u3000", "Neri"), ("B-PER", "O", "O", "O", "O")))
+    assert sentence == Sentence(("Anna", "Neri"), ("B-PER", "O"))
+    assert repairs == {"blank token dropped": 3}
+
+
+@pytest.mark.parametrize(
+    ("tags", "repaired"),
+    [
+        (("I-PER", "I-PER"), ("B-PER", "I-PER")),
+        (("B-PER", "I-LOC"), ("B-PER", "B-LOC")),
+        (("O", "I-ORG"), ("O", "B-ORG")),
+    ],
+)
+def test_an_inside_tag_that_continues_nothing_begins_an_entity(tags, repaired):
+    sentence, repairs = repair(Sentence(("a", "b"), tags))
+    assert sentence.tags == repaired
+    assert repairs == {"I- without its B- made a B-": 1}
+
+
+def test_an_entity_whose_first_token_is_blank_begins_at_the_next():
+    sentence, _ = repair(Sentence((" ", "Neri"), ("B-PER", "I-PER")))
+    assert sentence == Sentence(("Neri",), ("B-PER",))
+
+
+def test_valid_sentences_are_left_alone(sample):
+    vocab = spacy.blank("it").vocab
+    for sentence in sample["train"]:
+        assert repair(sentence) == (sentence, {})
+        assert tuple(iob2(make_doc(vocab, sentence))) == sentence.tags
+
+
+def test_stats_count_what_is_there(data, tmp_path, tiny_encoder):
+    (data / "test.tsv").write_text("Bari\tI-LOC\n\tO\n\nBari\tB-LOC\n\n \tO\n", encoding="utf8")
+    stats = convert(data, tmp_path, "it", tiny_encoder, ALL)
+    assert stats == srsly.read_json(tmp_path / "stats.json")
+    test = stats["test"]
+    assert (test["sentences"], test["tokens"], test["duplicate_sentences"]) == (2, 2, 1)
+    assert test["entities"] == {"LOC": 2}
+    assert test["repairs"] == {
+        "I- without its B- made a B-": 1,
+        "blank token dropped": 2,
+        "sentence without tokens dropped": 1,
+    }
+    assert stats["shared"]["validation also in train"] == 1
+    assert stats["train"]["length_in_wordpieces"]["min"] >= stats["train"]["length_in_tokens"]["min"]
+
+
+def test_same_input_gives_the_same_bytes(data, tmp_path, tiny_encoder):
+    for run in ("a", "b"):
+        convert(data, tmp_path / run, "it", tiny_encoder, ALL)
+    for name in [*FILES.values(), "stats.json"]:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"Anna\tB-MISC\n", "test.tsv, line 1: unknown tag 'B-MISC'"),
+        (b"Anna B-PER\n", "test.tsv, line 1: 'Anna B-PER' has 0 tabs"),
+        (b"Citt\xe0\tO\n", "test.tsv, line 1: not UTF-8"),
+        (b"", "test.tsv: no sentence in it"),
+        (b" \tO\n", "every token of the split is blank"),
+    ],
+)
+def test_bad_data_gets_one_sentence_and_leaves_nothing(refused, data, tmp_path, tiny_encoder, content, expected):
+    (data / "test.tsv").write_bytes(content)
+    assert expected in refused(convert_script, data, tmp_path / "corpus", "--encoder", tiny_encoder)
+    assert not list((tmp_path / "corpus").glob("*"))
+
+
+def test_more_sentences_than_there_are_get_one_sentence(refused, data, tmp_path, tiny_encoder):
+    output = refused(convert_script, data, tmp_path / "corpus", "--encoder", tiny_encoder, "--train-size", 2)
+    assert "2 sentences asked for, 1 there" in output
+
+
+def test_a_missing_split_gets_one_sentence(refused, data, tmp_path, tiny_encoder):
+    (data / "validation.tsv").unlink()
+    output = refused(convert_script, data, tmp_path / "corpus", "--encoder", tiny_encoder)
+    assert "neither validation-it.tsv nor validation.tsv is there" in output
+
+
+def test_a_full_disk_gets_one_sentence_and_leaves_no_half_file(data, tmp_path, tiny_encoder, monkeypatch, capsys):
+    from errors import one_sentence
+
+    def full(self, data):
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(SystemExit), one_sentence():
+        convert(data, tmp_path / "corpus", "it", tiny_encoder, ALL)
+    assert "No space left on device" in capsys.readouterr().out
+    assert not list((tmp_path / "corpus").iterdir())
+
+
+def test_spacys_own_gold_reader_sees_the_same_tags(data, tmp_path, tiny_encoder):
+    convert(data, tmp_path, "it", tiny_encoder, ALL)
+    (example,) = spacy.training.Corpus(tmp_path / "train.spacy", gold_preproc=True)(spacy.blank("it"))
+    assert biluo_to_iob(example.get_aligned_ner()) == ["B-PER", "I-PER", "O", "B-LOC", "O"]

@@ -1,0 +1,72 @@
+import datasets
+import pytest
+from errors import UserError
+from panx import SPLITS, Sentence, digest, read_tsv, subset, to_tsv
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf8"))
+    return path
+
+
+def test_reads_what_it_writes(tmp_path, sample):
+    path = write(tmp_path / "train.tsv", to_tsv(sample["train"]))
+    assert read_tsv(path) == sample["train"]
+
+
+def test_a_line_separator_inside_a_token_ends_no_line(tmp_path):
+    path = write(tmp_path / "a.tsv", "Via\u2028Roma\tB-LOC\nx\x85y\tO\n")
+    assert read_tsv(path) == [Sentence(("Via\u2028Roma", "x\x85y"), ("B-LOC", "O"))]
+
+
+def test_windows_line_ends_and_byte_order_mark_change_nothing(tmp_path):
+    path = write(tmp_path / "a.tsv", "\ufeffRoma\tB-LOC\r\n\r\nEni\tB-ORG\r\n")
+    assert read_tsv(path) == [Sentence(("Roma",), ("B-LOC",)), Sentence(("Eni",), ("B-ORG",))]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "expected"),
+    [
+        ("Roma\tB-LOC\nRoma\tB-GPE\n", "line 2", "unknown tag 'B-GPE'"),
+        ("Roma\tB-LOC\n\nRoma B-LOC\n", "line 3", "0 tabs"),
+        ("Roma\t\tB-LOC\n", "line 1", "2 tabs"),
+        (b"Roma\tB-LOC\nCitt\xe0\tO\n", "line 2", "not UTF-8"),
+        ("\n\n", "", "no sentence"),
+    ],
+)
+def test_refuses_bad_input_with_file_and_line(tmp_path, text, line, expected):
+    path = write(tmp_path / "bad.tsv", text)
+    with pytest.raises(UserError) as error:
+        read_tsv(path)
+    assert str(error.value).startswith(f"{path}, {line}" if line else str(path))
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("size", [1, 100, 683])
+def test_subset_is_what_datasets_shuffle_and_select_pick(sample, size):
+    rows = datasets.Dataset.from_dict({"words": [list(s.words) for s in sample["train"]]})
+    picked = rows.shuffle(seed=0).select(range(size))["words"]
+    assert [list(s.words) for s in subset(sample["train"], size, "train")] == list(picked)
+
+
+def test_subset_of_size_0_is_everything_in_order(sample):
+    assert subset(sample["test"], 0, "test") == sample["test"]
+
+
+@pytest.mark.parametrize("size", [-1, 142])
+def test_subset_refuses_a_size_that_is_not_there(sample, size):
+    with pytest.raises(UserError, match="test: .* 141 there"):
+        subset(sample["test"], size, "test")
+
+
+def test_digest_depends_on_every_tag(sample):
+    first, *rest = sample["test"]
+    changed = Sentence(first.words, ("B-PER", *first.tags[1:]) if first.tags[0] != "B-PER" else ("O", *first.tags[1:]))
+    assert digest([changed, *rest]) != digest(sample["test"])
+
+
+def test_the_cards_subset_of_panx_is_what_datasets_picks(panx_dir):
+    for split in SPLITS:
+        sentences = read_tsv(panx_dir / f"{split}-it.tsv")
+        picked = datasets.Dataset.from_dict({"i": range(len(sentences))}).shuffle(seed=0).select(range(840))["i"]
+        assert subset(sentences, 840, split) == [sentences[i] for i in picked]

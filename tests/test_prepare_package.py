@@ -1,0 +1,73 @@
+import pytest
+import spacy
+import srsly
+from conftest import ROOT
+from errors import UserError
+from prepare_package import inference_config, make_meta, prepare_package
+from spacy.schemas import ModelMetaSchema, validate
+from spacy.util import load_config
+
+TEMPLATE = srsly.read_json(ROOT / "configs" / "meta.json")
+PER_TYPE = {label: {"p": 0.8, "r": 0.7, "f": 0.75} for label in ("LOC", "ORG", "PER")}
+TEST = {"ents_p": 0.8, "ents_r": 0.7, "ents_f": 0.75, "ents_per_type": PER_TYPE, "speed": 900.0}
+PROVENANCE = {
+    "data": {"kind": "hub", "source": "google/xtreme", "config": "PAN-X.it", "commit": "ab12"},
+    "encoder": {"kind": "folder", "source": "my-encoder", "commit": None},
+}
+
+
+def meta(**changes):
+    settings = {
+        "lang": "it",
+        "name": "panx_xlmr",
+        "version": "1.0.0",
+        "provenance": PROVENANCE,
+        "test": TEST,
+        "raw_text": {"ents_p": 0.6, "ents_r": 0.5, "ents_f": 0.55},
+    }
+    return make_meta(TEMPLATE, **settings | changes)
+
+
+def test_meta_is_what_spacy_accepts():
+    assert validate(ModelMetaSchema, meta()) == []
+
+
+def test_performance_is_that_of_the_test_set_with_its_types():
+    performance = meta()["performance"]
+    assert (performance["ents_f"], performance["raw_text_ents_f"]) == (0.75, 0.55)
+    assert performance["ents_per_type"] == PER_TYPE
+
+
+def test_sources_name_what_the_pipeline_was_made_from():
+    data, encoder = meta()["sources"]
+    assert (data["url"], data["config"], data["commit"]) == (TEMPLATE["sources"]["google/xtreme"]["url"], "PAN-X.it", "ab12")
+    assert encoder == {"name": "my-encoder", "license": "unknown"}
+
+
+@pytest.mark.parametrize("test", [TEST | {"ents_f": 0.0}, TEST | {"ents_per_type": {}}, {}])
+def test_a_pipeline_that_finds_nothing_is_not_packaged(test):
+    with pytest.raises(UserError, match="finds no entity"):
+        meta(test=test)
+
+
+def test_config_needs_nothing_of_the_project():
+    config = inference_config(load_config(ROOT / "configs" / "xlmr.cfg", interpolate=False), "org/encoder")
+    text = config.to_str()
+    assert config["components"]["transformer"]["model"]["name"] == "org/encoder"
+    assert "corpus/" not in text
+    assert "assets/" not in text
+    assert "TrainingLogger" not in text
+
+
+def test_the_trained_pipeline_stays_as_it_was(tmp_path):
+    nlp = spacy.blank("it")
+    nlp.add_pipe("entity_ruler", name="transformer")
+    nlp.config["components"]["transformer"]["model"] = {"name": "assets/encoder"}
+    nlp.to_disk(tmp_path / "model")
+    config = load_config(tmp_path / "model" / "config.cfg")
+    config["components"]["transformer"]["model"] = {"name": "assets/encoder"}
+    config.to_disk(tmp_path / "model" / "config.cfg")
+    before = {path: path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    prepare_package(tmp_path / "model", tmp_path / "package", meta(), "org/encoder")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    assert srsly.read_json(tmp_path / "package" / "meta.json")["name"] == "panx_xlmr"

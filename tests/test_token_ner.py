@@ -1,0 +1,252 @@
+import zlib
+from itertools import product
+
+import numpy
+import pytest
+import spacy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from spacy.tokens import Doc, Span
+from spacy.training import Example
+from thinc.api import Model
+from token_ner import MASKED, TokenNer, decode_iob2, token_classifier
+
+TAGS = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
+WIDTH = 8
+
+
+def is_valid_iob2(tags):
+    return all(t[0] != "I" or (before[1:] == t[1:]) for before, t in zip(("O", *tags), tags, strict=False))
+
+
+def lookup_vectors():
+    """Stands in for the transformer's listener: each distinct word has a vector of its own."""
+
+    def vectors(doc):
+        rows = [numpy.random.default_rng(zlib.crc32(t.text.encode())).normal(size=WIDTH) for t in doc]
+        return numpy.asarray(rows, dtype="float32").reshape(len(doc), WIDTH)
+
+    def forward(model, docs, is_train):
+        return [vectors(doc) for doc in docs], lambda gradient: []
+
+    return Model("lookup-vectors", forward, dims={"nO": WIDTH})
+
+
+@pytest.fixture
+def nlp():
+    numpy.random.seed(0)
+    nlp = spacy.blank("it")
+    nlp.add_pipe("token_ner", name="ner", config={"model": {"@architectures": "test.LookupTokenClassifier.v1"}})
+    return nlp
+
+
+@spacy.registry.architectures("test.LookupTokenClassifier.v1")
+def lookup_token_classifier():
+    return token_classifier(lookup_vectors())
+
+
+def example(nlp, words, tags, spaces=None):
+    gold = Doc(nlp.vocab, words=words, ents=tags, spaces=spaces)
+    return Example(Doc(nlp.vocab, words=words, spaces=spaces), gold)
+
+
+def trained(nlp, steps=60):
+    examples = [
+        example(nlp, ["Anna", "Neri", "vive", "a", "Bari"], ["B-PER", "I-PER", "O", "O", "B-LOC"]),
+        example(nlp, ["La", "Spezia", "e", "Ugo"], ["B-LOC", "I-LOC", "O", "B-PER"]),
+    ]
+    optimizer = nlp.initialize(lambda: examples)
+    optimizer.learn_rate = 0.1
+    for _ in range(steps):
+        nlp.update(examples, sgd=optimizer)
+    return examples
+
+
+scores = st.integers(1, 6).flatmap(
+    lambda tokens: arrays("float32", (tokens, len(TAGS)), elements=st.floats(-8, 8, width=32))
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(scores)
+def test_decoding_finds_the_best_valid_sequence_of_all(scores):
+    log_probabilities = scores - numpy.log(numpy.exp(scores.astype("float64")).sum(axis=1, keepdims=True))
+    rows = range(len(scores))
+    valid = [ids for ids in product(range(len(TAGS)), repeat=len(scores)) if is_valid_iob2([TAGS[i] for i in ids])]
+    best = max(log_probabilities[rows, ids].sum() for ids in valid)
+    decoded = decode_iob2(scores, numpy.zeros(len(scores), dtype=bool))
+    assert is_valid_iob2([TAGS[i] for i in decoded])
+    assert log_probabilities[rows, decoded].sum() == pytest.approx(best, abs=1e-4)
+
+
+def test_an_entity_begins_with_b_even_where_i_scores_best():
+    scores = numpy.array([[0, 1, 5, 0, 0], [0, 0, 5, 0, 0]], dtype="float32")
+    assert [TAGS[i] for i in decode_iob2(scores, numpy.zeros(2, dtype=bool))] == ["B-LOC", "I-LOC"]
+
+
+def test_no_entity_begins_or_ends_in_white_space(nlp):
+    trained(nlp)
+    ner = nlp.get_pipe("ner")
+    doc = Doc(nlp.vocab, words=["\n", "Bari", " ", "Bari", "\n"])
+    b_loc, i_loc = ner.tags.index("B-LOC"), ner.tags.index("I-LOC")
+    scores = numpy.zeros((5, len(ner.tags)), dtype="float32")
+    scores[0, b_loc] = scores[1:, i_loc] = 9
+    ner.set_annotations([doc], [scores])
+    assert [(ent.start, ent.end) for ent in doc.ents] == [(1, 4)]
+
+
+def test_learns_and_sets_entities(nlp):
+    trained(nlp)
+    doc = nlp(Doc(nlp.vocab, words=["Anna", "Neri", "vive", "a", "La", "Spezia"]))
+    assert [(ent.text, ent.label_) for ent in doc.ents] == [("Anna Neri", "PER"), ("La Spezia", "LOC")]
+    assert all(token.ent_iob for token in doc)
+
+
+def test_scores_with_spacys_own_scorer(nlp):
+    scores = nlp.evaluate(trained(nlp))
+    assert (scores["ents_f"], set(scores["ents_per_type"])) == (1.0, {"LOC", "PER"})
+
+
+def test_gradient_is_the_losss_derivative(nlp):
+    examples = trained(nlp, steps=1)
+    ner = nlp.get_pipe("ner")
+    generator = numpy.random.default_rng(0)
+    scores = [generator.normal(size=(len(eg.predicted), len(ner.tags))) for eg in examples]
+    _, gradient = ner.get_loss(examples, scores)
+    step = 1e-5
+    for i, row, column in [(0, 0, 0), (0, 4, 1), (1, 1, 2), (1, 3, 4)]:
+        around = []
+        for sign in (1, -1):
+            moved = [array.copy() for array in scores]
+            moved[i][row, column] += sign * step
+            around.append(ner.get_loss(examples, moved)[0])
+        assert gradient[i][row, column] == pytest.approx((around[0] - around[1]) / (2 * step), abs=1e-6)
+
+
+def test_loss_is_the_mean_over_annotated_tokens(nlp):
+    examples = trained(nlp, steps=1)
+    ner = nlp.get_pipe("ner")
+    uniform = [numpy.zeros((len(eg.predicted), len(ner.tags)), dtype="float32") for eg in examples]
+    assert ner.get_loss(examples, uniform)[0] == pytest.approx(numpy.log(len(ner.tags)))
+
+
+def test_tokens_without_annotation_have_no_tag_and_no_gradient(nlp):
+    trained(nlp, steps=1)
+    ner = nlp.get_pipe("ner")
+    reference = Doc(nlp.vocab, words=["Bari", "e", "Ugo"])
+    reference.set_ents([Span(reference, 0, 1, label="LOC")], default="missing")
+    partly = Example(Doc(nlp.vocab, words=["Bari", "e", "Ugo"]), reference)
+    assert ner.gold_tags(partly) == [ner.tags.index("B-LOC"), MASKED, MASKED]
+    loss, (gradient,) = ner.get_loss([partly], [numpy.zeros((3, len(ner.tags)), dtype="float32")])
+    assert loss > 0
+    assert gradient[0].any()
+    assert not gradient[1:].any()
+
+
+def test_tokens_that_cannot_be_aligned_are_masked(nlp):
+    trained(nlp, steps=1)
+    reference = Doc(nlp.vocab, words=["Bari", "vecchia", "oggi"], ents=["B-LOC", "O", "O"], spaces=[True, True, False])
+    merged = Example(Doc(nlp.vocab, words=["Bari vecchia", "oggi"], spaces=[True, False]), reference)
+    assert nlp.get_pipe("ner").gold_tags(merged) == [MASKED, 0]
+
+
+def test_a_batch_without_annotation_changes_nothing(nlp):
+    trained(nlp, steps=1)
+    before = nlp.get_pipe("ner").to_bytes()
+    doc = Doc(nlp.vocab, words=["Bari"])
+    losses = nlp.update([Example(doc, doc.copy())], sgd=False)
+    assert losses["ner"] == 0
+    assert nlp.get_pipe("ner").to_bytes() == before
+
+
+def test_a_gold_label_that_the_pipe_does_not_know_is_an_error_that_names_it(nlp):
+    trained(nlp, steps=1)
+    with pytest.raises(ValueError, match="B-ORG.*LOC, PER"):
+        nlp.update([example(nlp, ["Eni"], ["B-ORG"])])
+
+
+def test_entities_of_earlier_pipes_are_kept_and_the_rest_is_labelled(nlp):
+    trained(nlp)
+    doc = Doc(nlp.vocab, words=["Anna", "Neri", "vive", "a", "Bari"])
+    doc.ents = [Span(doc, 1, 3, label="BRAND", kb_id="Q1")]
+    nlp(doc)
+    assert [(e.text, e.label_, e.kb_id_) for e in doc.ents] == [
+        ("Anna", "PER", ""),
+        ("Neri vive", "BRAND", "Q1"),
+        ("Bari", "LOC", ""),
+    ]
+
+
+def test_blocked_tokens_stay_without_entity(nlp):
+    trained(nlp)
+    doc = Doc(nlp.vocab, words=["Anna", "Neri", "vive", "a", "Bari"])
+    doc.set_ents([], blocked=[doc[4:5]], default="missing")
+    nlp(doc)
+    assert [ent.text for ent in doc.ents] == ["Anna Neri"]
+
+
+def test_running_twice_changes_nothing(nlp):
+    trained(nlp)
+    doc = nlp(Doc(nlp.vocab, words=["Anna", "Neri", "vive", "a", "Bari"]))
+    once = [(e.text, e.label_) for e in doc.ents]
+    assert [(e.text, e.label_) for e in nlp(doc).ents] == once
+
+
+def test_empty_docs_pass(nlp):
+    trained(nlp)
+    docs = list(nlp.pipe(["", "Bari", ""]))
+    assert [[ent.text for ent in doc.ents] for doc in docs] == [[], ["Bari"], []]
+    assert nlp("").ents == ()
+
+
+def test_a_label_added_to_a_trained_pipe_leaves_its_scores_and_can_be_learned(nlp):
+    examples = trained(nlp)
+    ner = nlp.get_pipe("ner")
+    doc = Doc(nlp.vocab, words=["Anna", "Neri", "vive", "a", "Bari"])
+    (before,) = ner.predict([doc])
+    assert ner.add_label("ORG") == 1
+    assert ner.add_label("ORG") == 0
+    (after,) = ner.predict([doc])
+    assert numpy.array_equal(after[:, : before.shape[1]], before)
+    examples.append(example(nlp, ["Eni", "e", "Ugo"], ["B-ORG", "O", "B-PER"]))
+    optimizer = nlp.resume_training()
+    optimizer.learn_rate = 0.1
+    for _ in range(60):
+        nlp.update(examples, sgd=optimizer)
+    assert nlp.evaluate(examples)["ents_f"] == 1.0
+
+
+@pytest.mark.parametrize("label", ["", None, 3])
+def test_a_label_is_a_non_empty_string(nlp, label):
+    with pytest.raises(ValueError, match="non-empty string"):
+        nlp.get_pipe("ner").add_label(label)
+
+
+def test_initialize_needs_a_label(nlp):
+    with pytest.raises(ValueError, match="ner"):
+        nlp.initialize(lambda: [example(nlp, ["oggi"], ["O"])])
+
+
+def test_initialize_takes_labels_that_the_examples_lack(nlp):
+    ner = nlp.get_pipe("ner")
+    ner.initialize(lambda: [example(nlp, ["Bari"], ["B-LOC"])], nlp=nlp, labels=["LOC", "ORG"])
+    assert ner.labels == ner.label_data == ("LOC", "ORG")
+    assert ner.tags == ("O", "B-LOC", "I-LOC", "B-ORG", "I-ORG")
+
+
+@pytest.mark.parametrize("way", ["disk", "bytes"])
+def test_saved_and_loaded_it_predicts_the_same(nlp, tmp_path, way):
+    trained(nlp)
+    if way == "disk":
+        nlp.to_disk(tmp_path)
+        loaded = spacy.load(tmp_path)
+    else:
+        loaded = spacy.blank("it")
+        loaded.add_pipe("token_ner", name="ner", config={"model": {"@architectures": "test.LookupTokenClassifier.v1"}})
+        loaded.from_bytes(nlp.to_bytes())
+    doc = Doc(nlp.vocab, words=["Anna", "Neri", "vive", "a", "Bari"])
+    (before,), (after,) = (pipeline.get_pipe("ner").predict([doc]) for pipeline in (nlp, loaded))
+    assert numpy.array_equal(before, after)
+    assert loaded.get_pipe("ner").labels == nlp.get_pipe("ner").labels
+    assert isinstance(loaded.get_pipe("ner"), TokenNer)

@@ -1,0 +1,144 @@
+import math
+
+import numpy
+import pytest
+import spacy
+import srsly
+import training
+from configure import configure
+from conftest import ROOT
+from convert import convert_split
+from spacy.cli.train import train
+from spacy.tokens import DocBin
+from spacy.training import Corpus
+from thinc.api import warmup_linear
+
+WEIGHTS = {"encoder.layer.0.output.dense.weight": 1, "encoder.layer.0.output.dense.bias": 2, "W": 3, "b": 4}
+
+
+def optimizer(**changes):
+    settings = {
+        "learn_rate": warmup_linear(0.1, 0, 10),
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "grad_clip": 1.0,
+        "head_learning_rate_scale": 20.0,
+    }
+    return training.token_classification_adam(**settings | changes)
+
+
+def move(adam, name, gradient):
+    """How far one update moves a weight that was 1."""
+    weights, _ = adam((0, name), numpy.ones(1, dtype="float32"), numpy.asarray([gradient], dtype="float32"))
+    return 1 - float(weights[0])
+
+
+@pytest.mark.parametrize(("name", "factor"), [("W", 20), ("b", 20), ("encoder.layer.0.output.dense.weight", 1)])
+def test_only_the_head_moves_by_the_scaled_rate(name, factor):
+    # Adam's first update is the learning rate, whatever the gradient
+    assert move(optimizer(), name, 0.5) == pytest.approx(0.1 * factor, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "decayed"),
+    [
+        ("encoder.layer.0.output.dense.weight", True),
+        ("encoder.layer.0.output.dense.bias", False),
+        ("embeddings.LayerNorm.weight", False),
+        ("W", True),
+        ("b", False),
+    ],
+)
+def test_biases_and_layer_norms_are_not_decayed(name, decayed):
+    adam = optimizer(weight_decay=0.5, head_learning_rate_scale=1.0)
+    assert move(adam, name, 0.0) == pytest.approx(0.05 if decayed else 0.0, abs=1e-6)
+
+
+def test_the_rate_goes_down_once_for_each_update_that_happened():
+    adam = optimizer()
+    adam.step_schedules()
+    assert adam.learn_rate == pytest.approx(0.1)
+    move(adam, "W", 1.0)
+    adam.step_schedules()
+    assert adam.learn_rate == pytest.approx(0.09)
+
+
+def test_only_the_first_batch_of_a_run_is_empty_and_the_others_are_full():
+    batches = training.sentence_batches(24)
+    first, second = ([len(batch) for batch in batches(range(50))] for _ in range(2))
+    assert first == [0, 24, 24, 2]
+    assert second == [24, 24, 2]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_encoder, sample):
+    """The same training of 2 epochs of 3 batches, twice, each in a folder of its own."""
+    folders = []
+    for run in ("a", "b"):
+        folder = tmp_path_factory.mktemp(f"run-{run}")
+        docs, _ = convert_split(sample["train"][:50], spacy.blank("it").vocab, "train")
+        for name, part in (("train", docs), ("dev", docs[:20])):
+            DocBin(docs=part).to_disk(folder / f"{name}.spacy")
+        config = configure(
+            ROOT / "configs" / "xlmr.cfg",
+            lang="it",
+            encoder=tiny_encoder,
+            sentences=len(docs),
+            learning_rate=2e-3,
+            head_learning_rate_scale=2.0,
+            batch_size=24,
+            epochs=2,
+            seed=42,
+            gpu_id=-1,
+        )
+        config["paths"] |= {"train": str(folder / "train.spacy"), "dev": str(folder / "dev.spacy")}
+        config["training"]["logger"] |= {
+            "output_file": str(folder / "training.jsonl"),
+            "plot_file": str(folder / "training.png"),
+        }
+        config.to_disk(folder / "config.cfg")
+        train(folder / "config.cfg", folder)
+        folders.append(folder)
+    return folders
+
+
+def test_a_row_for_each_epoch_that_counts_updates_and_the_last_weights_are_scored(runs):
+    rows = list(srsly.read_jsonl(runs[0] / "training.jsonl"))
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1.0, 3), (2.0, 6)]
+    nlp = spacy.load(runs[0] / "model-last")
+    assert nlp.evaluate(list(Corpus(runs[0] / "dev.spacy", gold_preproc=True)(nlp)))["ents_f"] == rows[-1]["ents_f"]
+
+
+def test_validation_loss_is_the_cross_entropy_of_the_saved_weights(runs):
+    nlp = spacy.load(runs[0] / "model-last")
+    examples = list(Corpus(runs[0] / "dev.spacy", gold_preproc=True)(nlp))
+    tags = nlp.get_pipe("ner").tags
+    losses = []
+    for example in examples:
+        doc = nlp.get_pipe("transformer")(example.predicted)
+        (scores,) = nlp.get_pipe("ner").predict([doc])
+        for row, token in zip(scores, example.reference, strict=True):
+            tag = f"{token.ent_iob_}-{token.ent_type_}" if token.ent_type_ else "O"
+            losses.append(math.log(numpy.exp(row - row.max()).sum()) + row.max() - row[tags.index(tag)])
+    row = list(srsly.read_jsonl(runs[0] / "training.jsonl"))[-1]
+    assert row["validation_loss"] == pytest.approx(float(numpy.mean(losses)), rel=1e-4)
+
+
+def test_training_loss_is_a_mean_over_batches(runs):
+    first, last = (row["training_loss"] for row in srsly.read_jsonl(runs[0] / "training.jsonl"))
+    assert last < first < 2 * math.log(7)
+
+
+def test_the_plot_is_a_picture(runs):
+    assert (runs[0] / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_seed_on_one_cpu_gives_the_same_weights(runs):
+    for part in ("transformer/model", "ner/model"):
+        assert (runs[0] / "model-last" / part).read_bytes() == (runs[1] / "model-last" / part).read_bytes()
+
+
+def test_a_second_training_starts_its_table_anew(runs):
+    assert len(list(srsly.read_jsonl(runs[1] / "training.jsonl"))) == 2

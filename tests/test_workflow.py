@@ -1,0 +1,151 @@
+"""The whole project in a copy of it, from TSV to a package that works where nothing of the project is."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import spacy
+import srsly
+from conftest import ROOT
+from panx import Sentence, to_tsv
+from spacy.cli import project_run
+from spacy.tokens import DocBin
+
+TRAINED = {
+    "gpu_id": -1,
+    "dataset_config": "tiny",
+    "learning_rate": 0.002,
+    "head_learning_rate_scale": 2,
+    "epochs": 40,
+    **dict.fromkeys(("train_size", "dev_size", "test_size"), 0),
+}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, sample, tiny_encoder):
+    """A copy of the project in which `all` ran: a tiny encoder learnt a few sentences by heart."""
+    root = tmp_path_factory.mktemp("project")
+    for name in ("project.yml", "configs", "scripts"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, root / name)
+    data = root / "data"
+    data.mkdir()
+    for split in sample:
+        (data / f"{split}.tsv").write_bytes(to_tsv([*sample["train"][:40], Sentence(("Bari",), ("B-LOC",))]))
+    project_run(root, "all", overrides={f"vars.{k}": v for k, v in vars_of(data, tiny_encoder).items()})
+    return root
+
+
+def vars_of(data, encoder):
+    return TRAINED | {"dataset": str(data), "encoder": str(encoder)}
+
+
+@pytest.fixture(scope="module")
+def installed(project, tmp_path_factory):
+    """The Python of a fresh venv with the wheel and what it declares, versions as in requirements.txt."""
+    venv = tmp_path_factory.mktemp("venv")
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    python = venv / "bin" / "python"
+    (wheel,) = (project / "packages").rglob("*.whl")
+    pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", ROOT / "requirements.txt"]
+    subprocess.run([*pip, wheel], check=True)
+    return python
+
+
+def run_installed(python, code, cwd):
+    result = subprocess.run([python, "-c", code], cwd=cwd, env=OFFLINE, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_every_output_of_every_step_is_there(project):
+    commands = srsly.read_yaml(project / "project.yml")["commands"]
+    wheel = project / "packages" / "it_panx_xlmr-1.0.0" / "dist" / "it_panx_xlmr-1.0.0-py3-none-any.whl"
+    outputs = [o for c in commands if c["name"] != "build-encoder" for o in c.get("outputs", []) if "$" not in o]
+    assert wheel.is_file()
+    assert [o for o in outputs if not (project / o).exists()] == []
+
+
+def test_every_script_and_config_is_a_dep_of_the_command_that_uses_it():
+    for command in srsly.read_yaml(ROOT / "project.yml")["commands"]:
+        words = " ".join(command["script"]).split()
+        used = [w for w in words if w.startswith(("scripts/", "configs/"))]
+        assert [w for w in used if w not in command.get("deps", [])] == []
+
+
+def test_metrics_of_spacy_and_seqeval_are_the_same(project):
+    spacys, seqevals = (srsly.read_json(project / "metrics" / f"{name}.json") for name in ("test", "seqeval"))
+    assert spacys["ents_f"] > 0.5
+    for key in ("ents_p", "ents_r", "ents_f"):
+        assert seqevals[key] == pytest.approx(spacys[key], abs=1e-9)
+
+
+def test_running_again_skips_what_is_done(project, tiny_encoder, capfd):
+    overrides = {f"vars.{k}": v for k, v in vars_of(project / "data", tiny_encoder).items()}
+    project_run(project, "all", overrides=overrides)
+    output = capfd.readouterr().out
+    for name in ("convert", "configure", "train", "evaluate", "package"):
+        assert f"Skipping '{name}'" in output
+
+
+def test_the_wheel_holds_the_pipes_code_and_nothing_of_the_training(project):
+    package = project / "packages" / "it_panx_xlmr-1.0.0" / "it_panx_xlmr"
+    assert {path.name for path in package.glob("*.py")} == {"__init__.py", "token_ner.py"}
+    config = (package / "it_panx_xlmr-1.0.0" / "config.cfg").read_text(encoding="utf8")
+    assert "TrainingLogger" not in config
+    assert str(project) not in config
+
+
+def test_meta_has_the_figures_of_the_test_sentences(project):
+    meta = srsly.read_json(project / "packages" / "it_panx_xlmr-1.0.0" / "meta.json")
+    test = srsly.read_json(project / "metrics" / "test.json")
+    assert meta["performance"]["ents_f"] == test["ents_f"]
+    assert set(meta["performance"]["ents_per_type"]) == {"LOC", "ORG", "PER"}
+    assert meta["labels"]["ner"] == ["LOC", "ORG", "PER"]
+    assert {"spacy-transformers", "spacy"} <= {r.split(">")[0] for r in meta["requirements"]}
+
+
+def test_the_package_finds_entities_offline_in_a_fresh_venv(project, installed, tmp_path):
+    code = "import spacy; nlp = spacy.load('it_panx_xlmr'); print([(e.text, e.label_) for e in nlp('Bari').ents])"
+    assert run_installed(installed, code, tmp_path) == "[('Bari', 'LOC')]"
+
+
+def test_the_package_predicts_what_the_trained_pipeline_does(project, installed, tmp_path):
+    gold = list(DocBin().from_disk(project / "corpus" / "test.spacy").get_docs(spacy.blank("it").vocab))
+    srsly.write_json(tmp_path / "texts.json", [doc.text for doc in gold])
+    code = (
+        "import spacy, srsly; nlp = spacy.load('it_panx_xlmr');"
+        "print(srsly.json_dumps([[e.text for e in d.ents] for d in nlp.pipe(srsly.read_json('texts.json'))]))"
+    )
+    trained = spacy.load(project / "training" / "model-last")
+    expected = [[ent.text for ent in doc.ents] for doc in trained.pipe(doc.text for doc in gold)]
+    assert srsly.json_loads(run_installed(installed, code, tmp_path)) == expected
+
+
+def test_the_package_can_be_trained_further_without_the_project(installed, tmp_path):
+    code = (
+        "import spacy; from spacy.training import Example; nlp = spacy.load('it_panx_xlmr');"
+        "eg = Example.from_dict(nlp.make_doc('Bari'), {'entities': [(0, 4, 'LOC')]});"
+        "print(nlp.update([eg], sgd=nlp.resume_training())['ner'] >= 0)"
+    )
+    assert run_installed(installed, code, tmp_path) == "True"
+
+
+def test_spacy_evaluate_takes_the_installed_package_by_name(project, installed, tmp_path):
+    command = ["evaluate", "it_panx_xlmr", project / "corpus" / "test.spacy", "--gold-preproc", "--output", "m.json"]
+    subprocess.run([installed, "-m", "spacy", *command], cwd=tmp_path, env=OFFLINE, check=True)
+    test = srsly.read_json(project / "metrics" / "test.json")
+    assert srsly.read_json(tmp_path / "m.json")["ents_f"] == test["ents_f"]
+
+
+def test_clean_removes_what_was_made_and_nothing_else(project, tmp_path):
+    copy = tmp_path / "project"
+    shutil.copytree(project, copy, ignore=shutil.ignore_patterns("model-*", "*.whl"))
+    (copy / "corpus" / "sample").mkdir()
+    project_run(copy, "clean")
+    assert {path.name for path in (copy / "corpus").iterdir()} == {"sample"}
+    assert not [name for name in ("assets", "training", "metrics") if (copy / name).exists() and any((copy / name).iterdir())]
+    assert (copy / "scripts" / "token_ner.py").exists()
