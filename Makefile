@@ -35,4 +35,5 @@ demo: venv
 	cd $(DEMO_VENV) && HF_HUB_OFFLINE=1 bin/python ../../scripts/show_entities.py it_panx_xlmr
 
 test: .venv/requirements-dev.txt
+	$(BIN)/ruff check .
 	$(BIN)/python -m pytest

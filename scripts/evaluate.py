@@ -41,14 +41,12 @@ def score_raw_text(nlp: Language, gold: Sequence[Doc]) -> dict[str, Any]:
 
 
 def score_seqeval(gold: Sequence[Doc], predicted: Sequence[Doc]) -> dict[str, Any]:
-    """seqeval's micro-averaged score of IOB2 tags in strict mode (Nakayama 2018), the keys as `spacy evaluate` has them.
+    """seqeval's micro-averaged score of IOB2 tags in strict mode (Nakayama 2018), keys as `spacy evaluate` has them.
 
     Both sequences hold the same tokens. It is the reference that `ents_f` is checked against.
     """
     tags = [[_iob2(doc) for doc in docs] for docs in (gold, predicted)]
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        *tags, average="micro", scheme=IOB2, zero_division=0
-    )
+    precision, recall, f1, _ = precision_recall_fscore_support(*tags, average="micro", scheme=IOB2, zero_division=0)
     return {"ents_p": float(precision), "ents_r": float(recall), "ents_f": float(f1)}
 
 
@@ -57,7 +55,9 @@ def _iob2(doc: Doc) -> list[str]:
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="Trained pipeline: a folder or an installed package", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="Trained pipeline: a folder or an installed package", show_default=False)
+    ],
     corpus: Annotated[Path, typer.Argument(help="Gold sentences (.spacy)", show_default=False)],
     raw_text: Annotated[Path, typer.Option(help="Where the score from raw text goes")] = Path("metrics/raw_text.json"),
     seqeval: Annotated[Path, typer.Option(help="Where seqeval's score goes")] = Path("metrics/seqeval.json"),

@@ -48,7 +48,9 @@ def read_tsv(path: Path) -> list[Sentence]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {number}: not UTF-8 (byte {data[error.start]:#04x}); save it as UTF-8.") from None
+        raise UserError(
+            f"{path}, line {number}: not UTF-8 (byte {data[error.start]:#04x}); save it as UTF-8."
+        ) from None
     sentences: list[Sentence] = []
     words: list[str] = []
     tags: list[str] = []

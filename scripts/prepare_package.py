@@ -113,7 +113,9 @@ def main(
             raw_text=srsly.read_json(metrics / "raw_text.json"),
         )
         prepare_package(model, output, meta, origin["encoder"]["source"])
-        msg.good(f"{output}: {lang}_{name} {version}, F1 {meta['performance']['ents_f'] * 100:.2f} on the test sentences")
+        msg.good(
+            f"{output}: {lang}_{name} {version}, F1 {meta['performance']['ents_f'] * 100:.2f} on the test sentences"
+        )
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ QUOTES = ('"', "'", "''", "'''")
 def guess_spaces(words: Sequence[str]) -> list[bool]:
     """For each token, whether a space follows it, so that the text reads `(1984)`, `Milano, Roma` or `''città''`.
 
-    Quotes are paired in order: the first of a pair joins the token after it, the second the token before it. Wiki markup
-    also has quotes glued to a word (`''città`); they take part. One without a partner opens at the start, else closes.
+    Quotes are paired in order: the first of a pair joins the token after it, the second the token before it. Quotes
+    that PAN-X has glued to a word (`''città`) take part. One without a partner opens at the start and closes elsewhere.
     """
     joins_next = [word in OPENING for word in words]
     joins_previous = [word in CLOSING or word in CLITICS for word in words]

@@ -1,4 +1,4 @@
-"""What several test files share: the sample corpus, a tiny XLM-R, the scripts as commands, PAN-X.it where it is given."""
+"""What several test files share: the sample corpus, a tiny XLM-R, a refused command, PAN-X.it where it is given."""
 
 import os
 from collections.abc import Callable
@@ -9,9 +9,10 @@ import pytest
 import sentencepiece
 import torch
 import typer
-from panx import Sentence, read_tsv
 from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizerFast
 from typer.testing import CliRunner
+
+from panx import Sentence, read_tsv
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "corpus" / "sample"

@@ -1,13 +1,14 @@
-import configure as configure_script
 import pytest
 import spacy
 import srsly
+from spacy.schemas import ConfigSchemaTraining
+from spacy.tokens import Doc, DocBin
+from spacy.util import load_config, registry
+
+import configure as configure_script
 from configure import configure
 from conftest import ROOT
 from errors import UserError
-from spacy.tokens import Doc, DocBin
-from spacy.util import load_config, registry
-from spacy.schemas import ConfigSchemaTraining
 
 CARD = {
     "lang": "it",
@@ -50,12 +51,22 @@ def test_project_yml_holds_the_cards_hyperparameters():
 
 def test_the_card_scores_at_steps_70_140_and_210_and_ends_there():
     config = resolved()
-    assert [config["training"][key] for key in ("eval_frequency", "max_steps", "max_epochs", "patience")] == [70, 210, 0, 0]
+    assert [config["training"][key] for key in ("eval_frequency", "max_steps", "max_epochs", "patience")] == [
+        70,
+        210,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize(
     ("changes", "steps_per_epoch", "steps"),
-    [({"sentences": 20000}, 834, 2502), ({"sentences": 25}, 2, 6), ({"epochs": 1}, 70, 70), ({"batch_size": 1}, 1680, 5040)],
+    [
+        ({"sentences": 20000}, 834, 2502),
+        ({"sentences": 25}, 2, 6),
+        ({"epochs": 1}, 70, 70),
+        ({"batch_size": 1}, 1680, 5040),
+    ],
 )
 def test_steps_follow_from_sentences_batch_and_epochs(changes, steps_per_epoch, steps):
     training_config = resolved(**changes)["training"]
@@ -109,9 +120,22 @@ def test_a_hyperparameter_that_no_training_can_have_is_refused(changes, expected
         configure(TEMPLATE, **CARD | changes)
 
 
-OPTIONS = (
-    "--learning-rate 5e-5 --head-learning-rate-scale 60 --batch-size 24 --epochs 3 --seed 42 --lang it --gpu-id -1"
-).split()
+OPTIONS = [
+    "--learning-rate",
+    "5e-5",
+    "--head-learning-rate-scale",
+    "60",
+    "--batch-size",
+    "24",
+    "--epochs",
+    "3",
+    "--seed",
+    "42",
+    "--lang",
+    "it",
+    "--gpu-id",
+    "-1",
+]
 
 
 def test_the_command_counts_the_training_sentences(tmp_path):
@@ -130,8 +154,6 @@ def test_the_command_counts_the_training_sentences(tmp_path):
 
 def test_a_broken_corpus_gets_one_sentence_and_writes_nothing(refused, tmp_path):
     (tmp_path / "train.spacy").write_bytes(b"half a file")
-    output = refused(
-        configure_script, TEMPLATE, tmp_path / "config.cfg", *OPTIONS, "--train", tmp_path / "train.spacy"
-    )
+    output = refused(configure_script, TEMPLATE, tmp_path / "config.cfg", *OPTIONS, "--train", tmp_path / "train.spacy")
     assert "not a readable DocBin" in output
     assert not (tmp_path / "config.cfg").exists()

@@ -1,11 +1,12 @@
 import pytest
 import spacy
-import convert as convert_script
 import srsly
-from convert import convert, make_doc, repair
-from panx import SPLITS, Sentence, read_tsv, to_tsv
 from spacy.tokens import DocBin
 from spacy.training import biluo_to_iob
+
+import convert as convert_script
+from convert import convert, make_doc, repair
+from panx import SPLITS, Sentence, read_tsv, to_tsv
 
 FILES = {"train": "train.spacy", "validation": "dev.spacy", "test": "test.spacy"}
 ALL = dict.fromkeys(SPLITS, 0)

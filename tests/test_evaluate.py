@@ -1,12 +1,13 @@
 import numpy
 import pytest
 import spacy
-from evaluate import score_raw_text, score_seqeval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spacy.scorer import get_ner_prf
 from spacy.tokens import Doc
 from spacy.training import Example
+
+from evaluate import score_raw_text, score_seqeval
 
 VOCAB = spacy.blank("it").vocab
 LABELS = ("PER", "ORG", "LOC")
@@ -59,7 +60,10 @@ def gold(words, tags, spaces=None):
 
 def test_raw_text_is_scored_by_characters_whatever_the_tokens(ruler):
     # the gold sentence has one token where the pipeline's tokenizer makes two
-    docs = [gold(["Anna", "Neri", "(Bari)"], ["B-PER", "I-PER", "O"]), gold(["Eni", "."], ["B-ORG", "O"], [False, False])]
+    docs = [
+        gold(["Anna", "Neri", "(Bari)"], ["B-PER", "I-PER", "O"]),
+        gold(["Eni", "."], ["B-ORG", "O"], [False, False]),
+    ]
     scores = score_raw_text(ruler, docs)
     assert (scores["ents_p"], scores["ents_r"]) == (2 / 3, 1.0)
     assert scores["ents_per_type"]["LOC"] == {"p": 0.0, "r": 0.0, "f": 0.0}

@@ -1,5 +1,6 @@
 import datasets
 import pytest
+
 from errors import UserError
 from panx import SPLITS, Sentence, digest, read_tsv, subset, to_tsv
 

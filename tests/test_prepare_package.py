@@ -1,11 +1,12 @@
 import pytest
 import spacy
 import srsly
+from spacy.schemas import ModelMetaSchema, validate
+from spacy.util import load_config
+
 from conftest import ROOT
 from errors import UserError
 from prepare_package import inference_config, make_meta, prepare_package
-from spacy.schemas import ModelMetaSchema, validate
-from spacy.util import load_config
 
 TEMPLATE = srsly.read_json(ROOT / "configs" / "meta.json")
 PER_TYPE = {label: {"p": 0.8, "r": 0.7, "f": 0.75} for label in ("LOC", "ORG", "PER")}
@@ -40,7 +41,11 @@ def test_performance_is_that_of_the_test_set_with_its_types():
 
 def test_sources_name_what_the_pipeline_was_made_from():
     data, encoder = meta()["sources"]
-    assert (data["url"], data["config"], data["commit"]) == (TEMPLATE["sources"]["google/xtreme"]["url"], "PAN-X.it", "ab12")
+    assert (data["url"], data["config"], data["commit"]) == (
+        TEMPLATE["sources"]["google/xtreme"]["url"],
+        "PAN-X.it",
+        "ab12",
+    )
     assert encoder == {"name": "my-encoder", "license": "unknown"}
 
 

@@ -2,8 +2,9 @@ from collections import Counter
 
 import spacy
 import srsly
-from convert import make_doc
+
 from conftest import ROOT
+from convert import make_doc
 from panx import ENTITY_LABELS, digest, read_tsv
 
 
@@ -13,7 +14,11 @@ def names(sentences):
 
 
 def test_is_as_large_as_the_readme_says(sample):
-    assert {split: len(sentences) for split, sentences in sample.items()} == {"train": 683, "validation": 141, "test": 141}
+    assert {split: len(sentences) for split, sentences in sample.items()} == {
+        "train": 683,
+        "validation": 141,
+        "test": 141,
+    }
 
 
 def test_no_sentence_is_there_twice(sample):

@@ -10,6 +10,7 @@ from hypothesis.extra.numpy import arrays
 from spacy.tokens import Doc, Span
 from spacy.training import Example
 from thinc.api import Model
+
 from token_ner import MASKED, TokenNer, decode_iob2, token_classifier
 
 TAGS = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")

@@ -4,14 +4,15 @@ import numpy
 import pytest
 import spacy
 import srsly
-import training
-from configure import configure
-from conftest import ROOT
-from convert import convert_split
 from spacy.cli.train import train
 from spacy.tokens import DocBin
 from spacy.training import Corpus
 from thinc.api import warmup_linear
+
+import training
+from configure import configure
+from conftest import ROOT
+from convert import convert_split
 
 WEIGHTS = {"encoder.layer.0.output.dense.weight": 1, "encoder.layer.0.output.dense.bias": 2, "W": 3, "b": 4}
 

@@ -8,10 +8,12 @@ import sys
 import pytest
 import spacy
 import srsly
-from conftest import ROOT
-from panx import Sentence, to_tsv
 from spacy.cli import project_run
 from spacy.tokens import DocBin
+
+import token_ner  # noqa: F401  registers the pipe that the trained pipeline is loaded with
+from conftest import ROOT
+from panx import Sentence, to_tsv
 
 TRAINED = {
     "gpu_id": -1,
@@ -147,5 +149,7 @@ def test_clean_removes_what_was_made_and_nothing_else(project, tmp_path):
     (copy / "corpus" / "sample").mkdir()
     project_run(copy, "clean")
     assert {path.name for path in (copy / "corpus").iterdir()} == {"sample"}
-    assert not [name for name in ("assets", "training", "metrics") if (copy / name).exists() and any((copy / name).iterdir())]
+    assert not [
+        name for name in ("assets", "training", "metrics") if (copy / name).exists() and any((copy / name).iterdir())
+    ]
     assert (copy / "scripts" / "token_ner.py").exists()

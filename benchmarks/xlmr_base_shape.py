@@ -1,0 +1,92 @@
+"""Proves and measures the path of xlm-roberta-base without its weights: the same shape, randomly initialised.
+
+    python benchmarks/xlmr_base_shape.py
+
+Runs the project on the sample corpus with it, two training steps on the CPU, installs the wheel in a fresh venv and
+loads it there. Prints time and peak memory of each command and the wheel's size. Needs requirements-dev.txt,
+assets/encoder-small (`spacy project run build-encoder`) for its 250,002 wordpieces, and about 12 GB of disk and memory.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import srsly
+from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizerFast
+from wasabi import msg
+
+from sentencepiece_file import write_sentencepiece
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {
+    "gpu_id": -1,
+    "dataset": "corpus/sample",
+    "dataset_config": "sample",
+    "train_size": 48,
+    "dev_size": 24,
+    "test_size": 0,
+    "epochs": 1,
+    # a random encoder has nothing to learn in two steps; left almost as it is, the head finds some entities by chance,
+    # and a package of a pipeline that finds none is refused
+    "learning_rate": 1e-9,
+}
+
+
+def build_encoder(folder: Path) -> None:
+    """A random XLM-R of the base model's shape in `folder`, with its real wordpieces as a SentencePiece file."""
+    vocab = srsly.read_json(ROOT / "assets" / "encoder-small" / "tokenizer.json")["model"]["vocab"]
+    pieces, scores = zip(*vocab, strict=True)
+    folder.mkdir()
+    write_sentencepiece(pieces, scores, folder / "sentencepiece.bpe.model")
+    tokenizer = XLMRobertaTokenizerFast(str(folder / "sentencepiece.bpe.model"), model_max_length=512)
+    tokenizer.save_pretrained(folder)
+    # the values of FacebookAI/xlm-roberta-base's config.json
+    config = XLMRobertaConfig(
+        vocab_size=250002, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1
+    )
+    XLMRobertaModel(config).save_pretrained(folder)
+
+
+def measure(name: str, command: list[object], rows: list[tuple[str, str, str]], **kwargs: object) -> None:
+    """Runs a command and adds its name, seconds and peak memory (of its largest process) to the rows."""
+    start = time.perf_counter()
+    process = subprocess.Popen([str(part) for part in command], **kwargs)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        msg.fail(f"{name} failed with exit code {process.returncode}; its message is above.", exits=1)
+    rows.append((name, f"{time.perf_counter() - start:.0f} s", f"{usage.ru_maxrss / 1e6:.1f} GB"))
+
+
+def main() -> None:
+    """Runs every step and prints the table."""
+    rows: list[tuple[str, str, str]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        project, venv = Path(temporary) / "project", Path(temporary) / "venv"
+        encoder = Path(temporary) / "xlm-r-base-shape"
+        for name in ("project.yml", "configs", "scripts", "corpus/sample"):
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            (project / name).parent.mkdir(parents=True, exist_ok=True)
+            copy(ROOT / name, project / name)
+        build_encoder(encoder)
+        size = sum(path.stat().st_size for path in encoder.iterdir()) / 1e6
+        settings = [f"--vars.{key}={value}" for key, value in (SETTINGS | {"encoder": encoder}).items()]
+        for step in srsly.read_yaml(project / "project.yml")["workflows"]["all"]:
+            measure(step, [sys.executable, "-m", "spacy", "project", "run", step, project, *settings], rows)
+        (wheel,) = (project / "packages").rglob("*.whl")
+        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+        python = venv / "bin" / "python"
+        pip = [python, "-m", "pip", "install", "-q", "-c", ROOT / "requirements.txt"]
+        measure("install with dependencies", [*pip, wheel], rows)
+        code = "import spacy; print(spacy.load('it_panx_xlmr')('Andrea vive a Bari.').ents)"
+        measure("load and run", [python, "-c", code], rows, cwd=venv, env={"HF_HUB_OFFLINE": "1"})
+        msg.table(rows, header=("step", "time", "peak memory"), divider=True)
+        print(f"encoder {size:.0f} MB, wheel {wheel.stat().st_size / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
