@@ -49,7 +49,6 @@ def configure(
     config["training"]["optimizer"]["head_learning_rate_scale"] = head_learning_rate_scale
     if gpu_id >= 0:
         config["system"]["gpu_allocator"] = "pytorch"
-        config["components"]["transformer"]["max_batch_items"] = 4096
         config["components"]["transformer"]["model"]["mixed_precision"] = True
     return load_model_from_config(config, auto_fill=True).config
 

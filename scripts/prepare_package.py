@@ -25,7 +25,10 @@ def inference_config(config: Config, encoder: str) -> Config:
     `nlp.resume_training()` would fail. encoder: what the transformer is called in place of the folder it came from.
     """
     config = config.copy()
-    config["components"]["transformer"]["model"]["name"] = encoder
+    transformer = config["components"]["transformer"]["model"]
+    transformer["name"] = encoder
+    # trained on a GPU or not, the package gives the same entities on both, and no warnings on a CPU
+    transformer["mixed_precision"] = False
     defaults = spacy.blank(config["nlp"]["lang"]).config
     for section in TRAINING_SECTIONS:
         config[section] = defaults[section]

@@ -64,6 +64,13 @@ def test_config_needs_nothing_of_the_project():
     assert "TrainingLogger" not in text
 
 
+def test_a_pipeline_trained_on_a_gpu_predicts_in_full_precision():
+    trained = load_config(ROOT / "configs" / "xlmr.cfg", interpolate=False)
+    trained["components"]["transformer"]["model"]["mixed_precision"] = True
+    packaged = inference_config(trained, "org/encoder")
+    assert packaged["components"]["transformer"]["model"]["mixed_precision"] is False
+
+
 def test_the_trained_pipeline_stays_as_it_was(tmp_path):
     nlp = spacy.blank("it")
     nlp.add_pipe("entity_ruler", name="transformer")
