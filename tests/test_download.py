@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -142,9 +143,9 @@ def test_changed_parquet_under_the_same_name_is_read_again(run, tmp_path):
     run(dataset=str(folder))
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
     other = hub_layout(tmp_path / "other", sentences=SENTENCES | {"train": SENTENCES["train"][:1]})
-    for path, time in times.items():
+    for path, modified in times.items():
         path.write_bytes((other / path.relative_to(folder)).read_bytes())
-        os.utime(path, ns=(time, time))
+        os.utime(path, ns=(modified, modified))
     assets = run(dataset=str(folder), allow_other_data=True)
     assert read_tsv(assets / "data" / "train.tsv") == SENTENCES["train"][:1]
 
@@ -565,7 +566,7 @@ def hub(tmp_path):
     folder = write_encoder(tmp_path / "hub-encoder")
     (folder / "pytorch_model.bin").write_text("x")
     (folder / "onnx").mkdir()
-    (folder / "onnx" / "model.safetensors").write_text("x")
+    (folder / "onnx" / "spiece.model").write_text("x")
     server.add("models/acme/tiny", folder)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -627,7 +628,7 @@ def test_hub_snapshot_is_fetched_once_verified_and_mended(hub, script):
         record = provenance[part]
         assert (record["kind"], record["source"], record["revision"]) == ("hub", source, COMMIT)
         assert record["commit"] == COMMIT
-    assert not [name for name in hub.sent if name.endswith((".bin", "onnx/model.safetensors"))]
+    assert not [name for name in hub.sent if name.endswith((".bin", "onnx/spiece.model"))]
     assert "pytorch_model.bin" not in snapshot(assets / "encoder")
     before = snapshot(assets)
     hub.shutdown()
@@ -688,6 +689,20 @@ def test_encoder_with_pickled_weights_only_is_refused(hub, script, tmp_path):
     assert not assets.exists()
 
 
+def test_encoder_cut_off_in_the_cache_is_not_taken_for_whole(hub, script, tmp_path):
+    dataset = str(write_tsv(tmp_path / "mine"))
+    assert script(address(hub), "dataset", dataset)[0] == 0
+    next((tmp_path / "hf").rglob("snapshots/*/tokenizer.json")).unlink()
+    before = snapshot(tmp_path / "assets")
+    (tmp_path / "assets" / "provenance.json").unlink()
+    code, text, assets = script(address(hub), "dataset", dataset, HF_HUB_OFFLINE="1")
+    assert code == 1
+    assert "encoder acme/tiny could not be fetched from the Hub" in text
+    code, text, _ = script(address(hub), "dataset", dataset)
+    assert code == 0, text
+    assert snapshot(assets) == before
+
+
 @pytest.mark.parametrize("status", [429, 503])
 def test_hub_that_refuses_is_one_sentence_with_its_status(hub, script, tmp_path, status):
     hub.status = status
@@ -695,6 +710,15 @@ def test_hub_that_refuses_is_one_sentence_with_its_status(hub, script, tmp_path,
     assert code == 1
     assert text.count("✘") == 1
     assert f"(HTTP {status})" in text
+    assert not assets.exists()
+
+
+def test_data_is_not_asked_for_again_and_again(hub, script):
+    hub.status = 503  # the libraries would try for half a minute
+    began = time.monotonic()
+    code, text, assets = script(address(hub))
+    assert time.monotonic() - began < 20
+    assert (code, text.count("✘"), "(HTTP 503)" in text) == (1, 1, True), text
     assert not assets.exists()
 
 
