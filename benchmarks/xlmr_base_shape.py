@@ -7,6 +7,7 @@ loads it there. Prints time and peak memory of each command and the wheel's size
 assets/encoder-small (`spacy project run build-encoder`) for its 250,002 wordpieces, and about 12 GB of disk and memory.
 """
 
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -38,6 +39,9 @@ SETTINGS = {
 
 def build_encoder(folder: Path) -> None:
     """A random XLM-R of the base model's shape in `folder`, with its real wordpieces as a SentencePiece file."""
+    from sentencepiece_file import write_sentencepiece
+    from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizerFast
+
     vocab = srsly.read_json(ROOT / "assets" / "encoder-small" / "tokenizer.json")["model"]["vocab"]
     pieces, scores = zip(*vocab, strict=True)
     folder.mkdir()
@@ -72,7 +76,10 @@ def main() -> None:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             (project / name).parent.mkdir(parents=True, exist_ok=True)
             copy(ROOT / name, project / name)
-        build_encoder(encoder)
+        # in a process of its own: a command's peak memory would count what this process has when it starts the command
+        builder = multiprocessing.get_context("spawn").Process(target=build_encoder, args=(encoder,))
+        builder.start()
+        builder.join()
         size = sum(path.stat().st_size for path in encoder.iterdir()) / 1e6
         settings = [f"--vars.{key}={value}" for key, value in (SETTINGS | {"encoder": encoder}).items()]
         for step in srsly.read_yaml(project / "project.yml")["workflows"]["all"]:
