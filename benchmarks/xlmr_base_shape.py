@@ -17,10 +17,7 @@ import time
 from pathlib import Path
 
 import srsly
-from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizerFast
 from wasabi import msg
-
-from sentencepiece_file import write_sentencepiece
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
@@ -39,8 +36,9 @@ SETTINGS = {
 
 def build_encoder(folder: Path) -> None:
     """A random XLM-R of the base model's shape in `folder`, with its real wordpieces as a SentencePiece file."""
-    from sentencepiece_file import write_sentencepiece
     from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizerFast
+
+    from sentencepiece_file import write_sentencepiece
 
     vocab = srsly.read_json(ROOT / "assets" / "encoder-small" / "tokenizer.json")["model"]["vocab"]
     pieces, scores = zip(*vocab, strict=True)
@@ -80,6 +78,8 @@ def main() -> None:
         builder = multiprocessing.get_context("spawn").Process(target=build_encoder, args=(encoder,))
         builder.start()
         builder.join()
+        if builder.exitcode:
+            msg.fail("The encoder could not be built; its error is above.", exits=1)
         size = sum(path.stat().st_size for path in encoder.iterdir()) / 1e6
         settings = [f"--vars.{key}={value}" for key, value in (SETTINGS | {"encoder": encoder}).items()]
         for step in srsly.read_yaml(project / "project.yml")["workflows"]["all"]:
