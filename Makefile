@@ -5,8 +5,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 VERSION = $(shell sed -n 's/^  version: "\(.*\)"/\1/p' project.yml)
+# the sample is less than half of what the card trains on: smaller batches make enough steps of it
 DEMO_VARS = --vars.gpu_id -1 --vars.dataset corpus/sample --vars.dataset_config sample \
-	--vars.encoder assets/encoder-small --vars.train_size 0 --vars.dev_size 0 --vars.test_size 0
+	--vars.encoder assets/encoder-small --vars.train_size 0 --vars.dev_size 0 --vars.test_size 0 \
+	--vars.batch_size 8 --vars.epochs 2
 DEMO_VENV := build/demo-venv
 
 .PHONY: all demo test venv
