@@ -27,7 +27,7 @@ def inference_config(config: Config, encoder: str) -> Config:
     config = config.copy()
     transformer = config["components"]["transformer"]["model"]
     transformer["name"] = encoder
-    # trained on a GPU or not, the package gives the same entities on both, and no warnings on a CPU
+    # autocast is for CUDA only and warns on a CPU, where most installations run
     transformer["mixed_precision"] = False
     defaults = spacy.blank(config["nlp"]["lang"]).config
     for section in TRAINING_SECTIONS:

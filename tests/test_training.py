@@ -57,6 +57,19 @@ def test_biases_and_layer_norms_are_not_decayed(name, decayed):
     assert move(adam, name, 0.0) == pytest.approx(0.05 if decayed else 0.0, abs=1e-6)
 
 
+def test_several_updates_are_those_of_adam_on_the_clipped_gradient():
+    adam = optimizer(learn_rate=warmup_linear(0.1, 0, 1000), grad_clip=1.0, eps=1e-3)
+    gradients = numpy.random.default_rng(0).normal(size=(5, 4)) * [[0.1], [3], [0.2], [9], [0.3]]
+    weights, expected = numpy.ones(4, dtype="float32"), numpy.ones(4)
+    first = second = numpy.zeros(4)
+    for step, gradient in enumerate(gradients, start=1):
+        adam((0, "encoder.weight"), weights, gradient.astype("float32"))
+        clipped = gradient / max(1, numpy.linalg.norm(gradient))
+        first, second = 0.9 * first + 0.1 * clipped, 0.999 * second + 0.001 * clipped**2
+        expected -= 0.1 * (first / (1 - 0.9**step)) / (numpy.sqrt(second / (1 - 0.999**step)) + 1e-3)
+    assert weights == pytest.approx(expected, abs=1e-5)
+
+
 def test_the_rate_goes_down_once_for_each_update_that_happened():
     adam = optimizer()
     adam.step_schedules()
