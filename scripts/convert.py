@@ -98,11 +98,14 @@ def _words(doc: Doc) -> tuple[str, ...]:
     return tuple(token.text for token in doc)
 
 
-def convert(data: Path, output: Path, lang: str, encoder: Path, sizes: dict[str, int]) -> dict[str, Any]:
+def convert(
+    data: Path, output: Path, lang: str, encoder: Path, sizes: dict[str, int], extra_train: Path | None = None
+) -> dict[str, Any]:
     """Writes {train,dev,test}.spacy and stats.json into `output` and returns the stats.
 
-    sizes: how many sentences of each split, picked as the model card picked them, 0 for all. Nothing is written unless
-    all splits can be. Raises UserError for what panx.read_tsv and panx.subset refuse.
+    sizes: how many sentences of each split, picked as the model card picked them, 0 for all. extra_train: a folder of
+    TSV files, of each of which as many sentences are added to the training split. Nothing is written unless all splits
+    can be. Raises UserError for what panx.read_tsv and panx.subset refuse.
     """
     vocab = spacy.blank(lang).vocab
     tokenizer = AutoTokenizer.from_pretrained(encoder)
@@ -110,6 +113,8 @@ def convert(data: Path, output: Path, lang: str, encoder: Path, sizes: dict[str,
     for split in SPLITS:
         path = split_path(data, split, lang)
         sentences = subset(read_tsv(path), sizes[split], f"{path} ({split})")
+        for extra in sorted(extra_train.glob("*.tsv")) if extra_train and split == "train" else []:
+            sentences += subset(read_tsv(extra), sizes[split], str(extra))
         splits[split], repairs = convert_split(sentences, vocab, f"{path} ({split})")
         stats[split] = split_stats(splits[split], repairs, tokenizer)
     stats["shared"] = shared_sentences(splits)
@@ -132,11 +137,12 @@ def main(
     train_size: Annotated[int, typer.Option(help="Training sentences, 0 for all")] = 0,
     dev_size: Annotated[int, typer.Option(help="Validation sentences, 0 for all")] = 0,
     test_size: Annotated[int, typer.Option(help="Test sentences, 0 for all")] = 0,
+    extra_train: Annotated[Path | None, typer.Option(help="Folder of further training sentences as TSV")] = None,
 ) -> None:
     """Convert PAN-X's splits to DocBin, repaired where they must be, and count what is in them."""
     with one_sentence():
         sizes = {"train": train_size, "validation": dev_size, "test": test_size}
-        stats = convert(data, output, lang, encoder, sizes)
+        stats = convert(data, output, lang, encoder, sizes, extra_train)
         for split in SPLITS:
             row = stats[split]
             entities = ", ".join(f"{count} {label}" for label, count in row["entities"].items())

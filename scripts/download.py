@@ -509,17 +509,17 @@ def recorded(assets: Path, part: str, request: Mapping[str, Any]) -> dict[str, A
     return record
 
 
-def _data_record(data: Data) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Make the data's entry in provenance.json, and the files it tells of."""
-    contents = {f"{split}.tsv": to_tsv(data.splits[split]) for split in SPLITS}
+def _data_record(data: Data, names: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Make the data's entry in provenance.json, and the files it tells of; `names` gives each split's file name."""
+    contents = {name: to_tsv(data.splits[split]) for split, name in names.items()}
     files = {
         name: {
-            "bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "bytes": len(contents[name]),
+            "sha256": hashlib.sha256(contents[name]).hexdigest(),
             "sentences": len(data.splits[split]),
             "tokens": sum(len(sentence.words) for sentence in data.splits[split]),
         }
-        for split, (name, content) in zip(SPLITS, contents.items(), strict=True)
+        for split, name in names.items()
     }
     record = {
         "kind": data.kind,
@@ -533,6 +533,48 @@ def _data_record(data: Data) -> tuple[dict[str, Any], dict[str, bytes]]:
     return record, contents
 
 
+def read_extra(
+    extra_train: Sequence[str], dataset: str, revision: str, output: Path
+) -> tuple[list[dict[str, Any]], dict[str, bytes] | None]:
+    """Read the training sentences of further PAN-X folders, or of further configs of the same dataset.
+
+    Return their entries in provenance.json and the files those tell of, None for the files where `output` has exactly
+    them already. Raises UserError for what read_data refuses, and for two of one name.
+    """
+    requests, records, contents = [], [], {}
+    for extra in extra_train:
+        # a config's name has no slash in it: what is no folder is one
+        folder = local_folder(extra, "dataset")
+        source = extra if folder else dataset
+        config = folder.resolve().name if folder else extra
+        if any(request["config"] == config for request in requests):
+            raise UserError(f"extra_train: {config} is there twice; give each folder or config once.")
+        kind = "folder" if folder or local_folder(dataset, "dataset") else "hub"
+        requests.append({"kind": kind, "source": source, "config": config, "revision": revision})
+    keys = ("kind", "source", "config", "revision")
+    try:
+        there = json.loads((output / "provenance.json").read_bytes())["extra_train"]
+        asked = [{key: record[key] for key in keys} for record in there] == requests
+        hashes = {name: entry["sha256"] for record in there for name, entry in record["files"].items()}
+        files = {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (output / "extra_train").iterdir()
+        }
+        if asked and files == hashes and all(request["kind"] == "hub" for request in requests):
+            return there, None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass  # no record or a broken one: read it anew
+    for request in requests:
+        source, config = request["source"], request["config"]
+        lang = config.rpartition(".")[2]
+        if source != dataset:
+            languages = {file.stem.rpartition("-")[2] for file in Path(source).glob("train-*.tsv")}
+            lang = languages.pop() if len(languages) == 1 else lang
+        record, content = _data_record(read_data(source, config, revision, lang), {"train": f"{config}.tsv"})
+        records.append(record)
+        contents |= content
+    return records, contents
+
+
 def download(
     *,
     dataset: str,
@@ -544,6 +586,7 @@ def download(
     output: Path,
     checksums: Path,
     allow_other_data: bool,
+    extra_train: Sequence[str] = (),
 ) -> None:
     """Put the data, the encoder and provenance.json into `output`; what is there from the Hub already, stays.
 
@@ -559,7 +602,9 @@ def download(
     data_record = None if data_folder else recorded(output, "data", request)
     contents: dict[str, bytes] | None = None
     if data_record is None:
-        data_record, contents = _data_record(read_data(dataset, dataset_config, dataset_revision, lang))
+        data_record, contents = _data_record(
+            read_data(dataset, dataset_config, dataset_revision, lang), {split: f"{split}.tsv" for split in SPLITS}
+        )
     found = {split: data_record["files"][f"{split}.tsv"] for split in SPLITS}
     if differing := compare(found, dataset_config, checksums):
         message = f"{dataset}, config {dataset_config}, has other content than {checksums} says: {'; '.join(differing)}"
@@ -568,6 +613,11 @@ def download(
         msg.warn(f"{message}; taken because of --allow-other-data.")
     total = " + ".join(f"{found[split]['sentences']:,} {split}" for split in SPLITS)
     msg.good(f"Data: {dataset}, {total} sentences{', already there, verified' if contents is None else ''}")
+
+    extra_records, extra_contents = read_extra(extra_train, dataset, dataset_revision, output)
+    for extra in extra_records:
+        (count,) = (entry["sentences"] for entry in extra["files"].values())
+        msg.good(f"Further training data: {extra['config']}, {count:,} sentences")
 
     request = {"kind": "hub", "source": encoder, "revision": encoder_revision}
     encoder_record = None if encoder_folder else recorded(output, "encoder", request)
@@ -582,7 +632,7 @@ def download(
     else:
         msg.good(f"Encoder: {encoder}, already there, verified")
 
-    if contents is None and encoder_source is None:
+    if contents is None and extra_contents is None and encoder_source is None:
         return
     with contextlib.ExitStack() as stack:
         # the long part goes to temporary folders; on leaving the stack both are renamed
@@ -591,13 +641,19 @@ def download(
             data_target.mkdir()
             for name, content in contents.items():
                 (data_target / name).write_bytes(content)
+        if extra_contents is not None:
+            # made also where there is none, so that the next command finds what it depends on
+            extra_target = stack.enter_context(replacing(output / "extra_train"))
+            extra_target.mkdir()
+            for name, content in extra_contents.items():
+                (extra_target / name).write_bytes(content)
         if encoder_source is not None:
             encoder_target = stack.enter_context(replacing(output / "encoder"))
             encoder_record["files"] = copy_encoder(encoder_source, encoder_target, from_cache=encoder_folder is None)
             _require_whole(encoder_target, encoder)  # the source may have changed while it was read
         (output / "provenance.json").unlink(missing_ok=True)
     with replacing(output / "provenance.json") as path:
-        provenance = {"data": data_record, "encoder": encoder_record}
+        provenance = {"data": data_record, "extra_train": extra_records, "encoder": encoder_record}
         path.write_text(json.dumps(provenance, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if encoder_source is not None:
         msg.good(f"Encoder: {encoder}, {len(encoder_record['files'])} files")
@@ -613,6 +669,9 @@ def main(
     lang: Annotated[str, typer.Option(help="Language in the names of TSV files: train-LANG.tsv")],
     output: Annotated[Path, typer.Option(help="Folder for data/, encoder/ and provenance.json")],
     checksums: Annotated[Path, typer.Option(help="JSON file with the expected content of each config")],
+    extra_train: Annotated[
+        list[str] | None, typer.Argument(help="Further folders or configs, for training only", show_default=False)
+    ] = None,
     allow_other_data: Annotated[bool, typer.Option("--allow-other-data", help="Take other content too")] = False,
 ) -> None:
     """Put a pinned snapshot of the data and of the encoder into the assets folder."""
@@ -627,6 +686,7 @@ def main(
             output=output,
             checksums=checksums,
             allow_other_data=allow_other_data,
+            extra_train=extra_train or (),
         )
 
 

@@ -68,7 +68,9 @@ def main(
         if gpu_id >= 0:
             spacy.require_gpu(gpu_id)
         if Path(model).exists():
-            import token_ner  # noqa: F401  registers the pipe; an installed package brings its own
+            # what the pipeline is made of; an installed package brings its own
+            import encoder  # noqa: F401
+            import token_ner  # noqa: F401
         nlp = spacy.load(model)
         examples = list(Corpus(corpus, gold_preproc=True)(nlp))
         gold = [example.reference for example in examples]

@@ -58,7 +58,8 @@ def make_meta(
         )
     performance = {key: test[key] for key in ("ents_f", "ents_p", "ents_r", "ents_per_type")}
     performance |= {f"raw_text_{key}": raw_text[key] for key in ("ents_f", "ents_p", "ents_r")}
-    sources = [_source(provenance[kind], template["sources"]) for kind in ("data", "encoder")]
+    records = [provenance["data"], *provenance["extra_train"], provenance["encoder"]]
+    sources = [_source(record, template["sources"]) for record in records]
     own = {"lang": lang, "name": name, "version": version, "sources": sources, "performance": performance}
     return template | own
 

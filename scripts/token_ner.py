@@ -4,24 +4,28 @@ This file is all the code of ours that a trained pipeline needs, so it is what t
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
+import torch
 from spacy import registry
 from spacy.language import Language
 from spacy.pipeline import TrainablePipe
 from spacy.tokens import Doc, Span
 from spacy.training import Example, biluo_to_iob, validate_examples, validate_get_examples
 from spacy.vocab import Vocab
-from thinc.api import Config, Dropout, Linear, Model, Ops, chain, with_array
-from thinc.types import Floats2d
+from thinc.api import Config, Dropout, Linear, Model, Ops, chain, torch2xp, with_array, xp2torch
+from thinc.types import Floats1d, Floats2d, FloatsXd
+from torch.nn.utils.rnn import pad_sequence
 
 OUTSIDE = 0  # tag ids: O is 0, then come B and I of each label in turn
 MASKED = -1  # stands for the tag of a token that is not annotated or cannot be aligned
+IMPOSSIBLE = -1e4  # the score of what may not be: finite, so that no gradient becomes nan
 
 DEFAULT_MODEL = """
 [model]
-@architectures = "panx_xlmr.TokenClassifier.v1"
+@architectures = "panx_xlmr.CrfTokenClassifier.v1"
 
 [model.tok2vec]
 @architectures = "spacy-transformers.TransformerListener.v1"
@@ -30,24 +34,63 @@ pooling = {"@layers":"reduce_first.v1"}
 """
 
 
+@dataclass
+class TagScores:
+    """What the model says of a batch of Docs: unnormalised log-probabilities, or their gradient.
+
+    emissions: for each Doc an array of shape (tokens, tags). transitions: shape (tags, tags), from the row's tag to the
+    column's. start: shape (tags,), of a sequence that begins with the tag.
+    """
+
+    emissions: list[Floats2d]
+    transitions: Floats2d
+    start: Floats1d
+
+
 def _bert_init(ops: Ops, shape: tuple[int, ...]) -> numpy.ndarray:
     # Devlin et al. 2019 start every linear layer so; numpy's generator is the one that spaCy's seed sets
     return ops.asarray(numpy.random.normal(scale=0.02, size=shape).astype("float32"))
 
 
-@registry.architectures("panx_xlmr.TokenClassifier.v1")
-def token_classifier(
+@registry.architectures("panx_xlmr.CrfTokenClassifier.v1")
+def crf_token_classifier(
     tok2vec: Model[list[Doc], list[Floats2d]], nO: int | None = None
-) -> Model[list[Doc], list[Floats2d]]:
-    """Dropout and a linear layer on each token's vector: the usual transformers head for token classification.
+) -> Model[list[Doc], TagScores]:
+    """Dropout and a linear layer on each token's vector, and scores for each pair of adjacent tags: a linear-chain
+    conditional random field (Lafferty, McCallum and Pereira 2001), whose scores start from zero.
 
     tok2vec: gives an array of shape (tokens, width) for each Doc. nO: the number of tags, known once the pipe has its
-    labels. The output holds for each Doc an array of unnormalised scores, shape (tokens, nO).
+    labels.
     """
     output_layer = Linear(nO, init_W=_bert_init)
-    model = chain(tok2vec, with_array(chain(Dropout(), output_layer)))
+    transitions = transition_scores(nO)
+    model = chain(tok2vec, with_array(chain(Dropout(), output_layer)), transitions)
     model.set_ref("output_layer", output_layer)
+    model.set_ref("transitions", transitions)
     return model
+
+
+def transition_scores(nO: int | None) -> Model[list[Floats2d], TagScores]:
+    """Adds the scores of a sequence's first tag and of each pair of adjacent tags, nO tags, to the scores of tokens."""
+    parameters = {"transitions": None, "start": None}
+    return Model("transitions", _forward_transitions, init=_init_transitions, dims={"nO": nO}, params=parameters)
+
+
+def _init_transitions(model: Model, X: Any = None, Y: Any = None) -> None:
+    tags = model.get_dim("nO")
+    model.set_param("transitions", model.ops.alloc2f(tags, tags))
+    model.set_param("start", model.ops.alloc1f(tags))
+
+
+def _forward_transitions(
+    model: Model, emissions: list[Floats2d], is_train: bool
+) -> tuple[TagScores, Callable[[TagScores], list[Floats2d]]]:
+    def backprop(gradient: TagScores) -> list[Floats2d]:
+        model.inc_grad("transitions", gradient.transitions)
+        model.inc_grad("start", gradient.start)
+        return gradient.emissions
+
+    return TagScores(emissions, model.get_param("transitions"), model.get_param("start")), backprop
 
 
 @Language.factory(
@@ -69,15 +112,16 @@ def make_token_ner(
 class TokenNer(TrainablePipe):
     """Sets `doc.ents` from one IOB2 tag per token.
 
-    The tags of a Doc are the sequence with the highest sum of log-probabilities among those that are valid IOB2
-    (Viterbi decoding), so an entity never begins with an I- tag of another label. Entities and blocked tokens that
-    earlier pipes set are kept, as spaCy's own `ner` keeps them; only the tokens between them are labelled.
+    The tags of a Doc are the sequence with the highest sum of scores among those that are valid IOB2 (Viterbi
+    decoding), so an entity never begins with an I- tag of another label. White space has no tag: an entity may go on
+    after it, but not after an empty line. Entities and blocked tokens that earlier pipes set are kept, as spaCy's own
+    `ner` keeps them; only the tokens between them are labelled.
     """
 
     def __init__(
         self,
         vocab: Vocab,
-        model: Model[list[Doc], list[Floats2d]],
+        model: Model[list[Doc], TagScores],
         name: str = "ner",
         *,
         scorer: Callable | None = None,
@@ -113,15 +157,20 @@ class TokenNer(TrainablePipe):
         self.vocab.strings.add(label)
         old = self.model.get_ref("output_layer")
         if old.has_param("W"):
-            # thinc fixes the size of a layer that has weights, so that a larger one has to take its place
-            new = Linear(len(self.tags), old.get_dim("nI"))
+            # thinc fixes the size of a layer that has weights, so that larger ones have to take their places
+            tags = len(self.tags)
+            new = Linear(tags, old.get_dim("nI"))
             for parameter in ("W", "b"):
                 weights = old.get_param(parameter)
-                grown = new.ops.alloc((len(self.tags), *weights.shape[1:]))
-                grown[: len(weights)] = weights
-                new.set_param(parameter, grown)
+                new.set_param(parameter, _grown(weights, (tags, *weights.shape[1:]), new.ops))
             self.model.replace_node(old, new)
             self.model.set_ref("output_layer", new)
+            old = self.model.get_ref("transitions")
+            new = transition_scores(tags)
+            for parameter, shape in (("transitions", (tags, tags)), ("start", (tags,))):
+                new.set_param(parameter, _grown(old.get_param(parameter), shape, new.ops))
+            self.model.replace_node(old, new)
+            self.model.set_ref("transitions", new)
         return 1
 
     def initialize(
@@ -141,52 +190,80 @@ class TokenNer(TrainablePipe):
         for label in labels:
             self.add_label(label)
         self._require_labels()
-        self.model.get_ref("output_layer").set_dim("nO", len(self.tags))
+        for layer in ("output_layer", "transitions"):
+            self.model.get_ref(layer).set_dim("nO", len(self.tags))
         self.model.initialize(X=[next(iter(get_examples())).reference])
 
-    def predict(self, docs: Iterable[Doc]) -> list[Floats2d]:
-        """The unnormalised tag scores of each Doc, shape (tokens, tags)."""
+    def predict(self, docs: Iterable[Doc]) -> TagScores:
+        """The scores of each Doc's tags."""
         docs = list(docs)
-        if not any(len(doc) for doc in docs):
-            return [self.model.ops.alloc2f(0, len(self.tags)) for _ in docs]
-        return self.model.predict(docs)
+        if any(len(doc) for doc in docs):
+            return self.model.predict(docs)
+        transitions = self.model.get_ref("transitions")
+        nothing = [self.model.ops.alloc2f(0, len(self.tags)) for _ in docs]
+        return TagScores(nothing, transitions.get_param("transitions"), transitions.get_param("start"))
 
-    def set_annotations(self, docs: Iterable[Doc], scores: Sequence[Floats2d]) -> None:
-        """Decodes each Doc's scores, shape (tokens, tags), and sets its entities."""
-        for doc, doc_scores in zip(docs, scores, strict=True):
-            doc_scores = self.model.ops.to_numpy(doc_scores)
-            blocked = [doc[t.i : t.i + 1] for t in doc if t.ent_iob == 3 and not t.ent_type]
-            fixed = [*doc.ents, *blocked]
-            found = []
-            for start, end in _gaps(fixed, len(doc)):
-                is_space = numpy.array([doc[i].is_space for i in range(start, end)])
-                tags = decode_iob2(doc_scores[start:end], is_space)
-                for first, last, label in _entities(tags):
-                    while is_space[last - 1]:
-                        last -= 1
-                    found.append(Span(doc, start + first, start + last, label=self.labels[label]))
-            doc.set_ents([*doc.ents, *found], blocked=blocked)
+    def set_annotations(self, docs: Iterable[Doc], scores: TagScores) -> None:
+        """Decodes each Doc's scores and sets its entities."""
+        docs = list(docs)
+        to_numpy = self.model.ops.to_numpy
+        sequences = [list(_sequences(doc)) for doc in docs]
+        emissions = [
+            to_numpy(doc_scores)[tokens]
+            for doc_scores, doc_sequences in zip(scores.emissions, sequences, strict=True)
+            for tokens in doc_sequences
+        ]
+        decoded = iter(decode_iob2(emissions, to_numpy(scores.transitions), to_numpy(scores.start)))
+        for doc, doc_sequences in zip(docs, sequences, strict=True):
+            found = [
+                Span(doc, tokens[first], tokens[last - 1] + 1, label=self.labels[label])
+                for tokens in doc_sequences
+                for first, last, label in _entities(next(decoded))
+            ]
+            doc.set_ents([*doc.ents, *found], blocked=_blocked(doc))
 
-    def get_loss(self, examples: Iterable[Example], scores: Sequence[Floats2d]) -> tuple[float, list[Floats2d]]:
-        """The cross-entropy, in nats, averaged over the tokens that have a gold tag, and its gradient for each score.
+    def entity_probabilities(self, doc: Doc, scores: TagScores) -> list[float]:
+        """How probable the model finds each of `doc.ents`, the entity as a whole: all its tags, and its end after them.
 
-        Tokens whose annotation is missing, or that cannot be aligned with the gold tokens, count for nothing.
-        Raises ValueError for a gold label that the pipe does not know.
+        scores: those of this one Doc. An entity that the model cannot have found (of another label, or overlapping a
+        blocked token) has probability 0.
+        """
+        emissions, transitions, start = map(
+            self.model.ops.to_numpy, (scores.emissions[0], scores.transitions, scores.start)
+        )
+        labels = {label: i for i, label in enumerate(self.labels)}
+        unset = Doc(doc.vocab, words=[t.text for t in doc], spaces=[bool(t.whitespace_) for t in doc])
+        found = {}
+        for tokens in _sequences(unset):
+            place = {token: i for i, token in enumerate(tokens)}
+            wanted = [
+                (ent.start, place[ent.start], place[ent.end - 1] + 1, labels[ent.label_])
+                for ent in doc.ents
+                if ent.label_ in labels and ent.start in place and ent.end - 1 in place
+            ]
+            probabilities = segment_probabilities(emissions[tokens], transitions, start, [w[1:] for w in wanted])
+            found |= {w[0]: probability for w, probability in zip(wanted, probabilities, strict=True)}
+        return [found.get(ent.start, 0.0) for ent in doc.ents]
+
+    def get_loss(self, examples: Iterable[Example], scores: TagScores) -> tuple[float, TagScores]:
+        """The negative log-likelihood, in nats, of the gold tags, divided by the number of tokens that have one, and
+        its gradient.
+
+        Tokens whose annotation is missing, or that cannot be aligned with the gold tokens, may have any tag
+        (Tsuboi et al. 2008). Raises ValueError for a gold label that the pipe does not know.
         """
         validate_examples(examples, "TokenNer.get_loss")
-        xp = self.model.ops.xp
-        gold = xp.asarray([tag for example in examples for tag in self.gold_tags(example)], dtype="int64")
-        flat = xp.concatenate(list(scores))
-        rows = xp.arange(len(gold))[gold != MASKED]
-        gradient = xp.zeros_like(flat)
-        loss = 0.0
-        if len(rows):
-            log_probabilities = _log_softmax(flat[rows], xp)
-            loss = -float(log_probabilities[xp.arange(len(rows)), gold[rows]].mean())
-            gradient[rows] = xp.exp(log_probabilities)
-            gradient[rows, gold[rows]] -= 1
-            gradient /= len(rows)
-        return loss, self.model.ops.unflatten(gradient, numpy.array([len(s) for s in scores], dtype="int32"))
+        gold = [self.gold_tags(example) for example in examples]
+        lengths = [len(tags) for tags in gold]
+        emissions, transitions, start = leaves = [
+            xp2torch(scores, requires_grad=True)
+            for scores in (self.model.ops.xp.concatenate(scores.emissions), scores.transitions, scores.start)
+        ]
+        count = sum(tag != MASKED for tags in gold for tag in tags)
+        loss = negative_log_likelihood(emissions.split(lengths), transitions, start, gold) / max(count, 1)
+        gradients = [torch2xp(g) for g in torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
+        by_doc = self.model.ops.unflatten(gradients[0], numpy.array(lengths, dtype="int32"))
+        return float(loss.detach()), TagScores(by_doc, *gradients[1:])
 
     def gold_tags(self, example: Example) -> list[int]:
         """The gold tag id of each token of `example.predicted`, MASKED where there is none."""
@@ -201,41 +278,112 @@ class TokenNer(TrainablePipe):
             ) from None
 
 
-def decode_iob2(scores: numpy.ndarray, is_space: numpy.ndarray) -> list[int]:
-    """The best valid IOB2 sequence: Viterbi decoding (Forney 1973) over transitions that are either allowed or not.
-
-    scores: (tokens, tags), unnormalised; tag ids as TokenNer.tags orders them. is_space: (tokens,) booleans; no entity
-    begins at such a token. Returns one tag id a token.
+def allowed_transitions(tags: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Which of IOB2's tags may follow which, booleans of shape (tags, tags), and which may begin a sequence: O and B-
+    anywhere, I- after the B- or I- of its own label only.
     """
-    if not len(scores):
+    follows = numpy.ones((tags, tags), dtype=bool)
+    inside = numpy.arange(2, tags, 2)
+    follows[:, inside] = False
+    follows[inside, inside] = follows[inside - 1, inside] = True
+    begins = numpy.ones(tags, dtype=bool)
+    begins[inside] = False
+    return follows, begins
+
+
+def negative_log_likelihood(
+    emissions: Sequence[torch.Tensor], transitions: torch.Tensor, start: torch.Tensor, gold: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """The sum over sequences of minus the log-probability, in nats, of their gold tags among all valid IOB2 sequences.
+
+    emissions: for each sequence a tensor of shape (tokens, tags). gold: tag ids, MASKED where any tag will do. It is
+    the forward algorithm (Rabiner 1989) over all sequences, less the one over those that agree with the gold tags.
+    """
+    lengths = torch.tensor([len(tags) for tags in gold], device=start.device)
+    if not lengths.any():
+        return transitions.sum() * 0
+    follows, begins = (torch.from_numpy(allowed).to(start.device) for allowed in allowed_transitions(len(start)))
+    transitions = transitions.masked_fill(~follows, IMPOSSIBLE)
+    start = start.masked_fill(~begins, IMPOSSIBLE)
+    free = pad_sequence(emissions, batch_first=True)
+    tags = pad_sequence([torch.tensor(tags, dtype=torch.int64) for tags in gold], batch_first=True).to(start.device)
+    agrees = (tags[..., None] == MASKED) | (tags[..., None] == torch.arange(len(start), device=start.device))
+    scores = torch.cat([free, free.masked_fill(~agrees, IMPOSSIBLE)])
+    ended = torch.arange(scores.shape[1], device=start.device) >= lengths.repeat(2)[:, None]
+    forward = start + scores[:, 0]
+    for i in range(1, scores.shape[1]):
+        onward = torch.logsumexp(forward[:, :, None] + transitions, dim=1) + scores[:, i]
+        forward = torch.where(ended[:, i, None], forward, onward)
+    every, agreeing = torch.logsumexp(forward, dim=1).where(lengths.repeat(2) > 0, 0.0).chunk(2)
+    return (every - agreeing).sum()
+
+
+def decode_iob2(
+    emissions: Sequence[numpy.ndarray], transitions: numpy.ndarray, start: numpy.ndarray
+) -> list[numpy.ndarray]:
+    """The best valid IOB2 sequence of tag ids for each array of scores, shape (tokens, tags): Viterbi decoding
+    (Forney 1973), of all sequences at a time.
+    """
+    follows, begins = allowed_transitions(len(start))
+    transitions = numpy.where(follows, transitions, -numpy.inf)
+    # the longest first: the sequences that have a token number i are then the first ones
+    order = sorted(range(len(emissions)), key=lambda i: -len(emissions[i]))
+    lengths = numpy.array([len(emissions[i]) for i in order], dtype="int64")
+    tags = [numpy.zeros(len(scores), dtype="int64") for scores in emissions]
+    if not lengths.any():
+        return tags
+    flat = numpy.concatenate([emissions[i] for i in order])
+    first = numpy.cumsum(lengths) - lengths
+    running = int((lengths > 0).sum())
+    best = numpy.where(begins, start, -numpy.inf) + flat[first[:running]]
+    pointers = []
+    for i in range(1, lengths[0]):
+        running = int((lengths > i).sum())
+        candidates = best[:running, :, None] + transitions
+        pointers.append(candidates.argmax(axis=1))
+        best[:running] = candidates.max(axis=1) + flat[first[:running] + i]
+    last = best.argmax(axis=1)
+    for i in range(lengths[0] - 1, -1, -1):
+        running = int((lengths > i).sum())
+        for sequence, tag in zip(order[:running], last[:running], strict=True):
+            tags[sequence][i] = tag
+        if i:
+            last[:running] = pointers[i - 1][numpy.arange(running), last[:running]]
+    return tags
+
+
+def segment_probabilities(
+    emissions: numpy.ndarray, transitions: numpy.ndarray, start: numpy.ndarray, segments: Sequence[tuple[int, int, int]]
+) -> list[float]:
+    """For each (first token, token after the last, index of the label), the share of all valid IOB2 sequences' weight
+    that those have in which just this is an entity: the forward-backward algorithm (Rabiner 1989).
+
+    emissions: of one sequence, shape (tokens, tags).
+    """
+    if not segments:
         return []
-    log_probabilities = _log_softmax(scores, numpy)
-    begins = numpy.arange(1, scores.shape[1], 2)
-    inside = begins + 1
-    log_probabilities[numpy.ix_(is_space, begins)] = -numpy.inf
-    greedy = log_probabilities.argmax(axis=1)
-    previous = numpy.concatenate([[OUTSIDE], greedy[:-1]])
-    is_inside = (greedy > OUTSIDE) & (greedy % 2 == 0)
-    # where the best tag of every token already makes a valid sequence, no other sequence can have a higher sum
-    if numpy.all(~is_inside | (previous == greedy) | (previous == greedy - 1)):
-        return greedy.tolist()
-    best = log_probabilities[0].copy()
-    best[inside] = -numpy.inf
-    pointers = numpy.zeros(scores.shape, dtype="int32")
-    for i in range(1, len(scores)):
-        # O and B may follow any tag; I only the B or the I of its own label
-        pointers[i] = best.argmax()
-        pointers[i, inside] = numpy.where(best[begins] >= best[inside], begins, inside)
-        best = best[pointers[i]] + log_probabilities[i]
-    tags = [int(best.argmax())]
-    for i in range(len(scores) - 1, 0, -1):
-        tags.append(int(pointers[i, tags[-1]]))
-    return tags[::-1]
-
-
-def _log_softmax(scores: Floats2d, xp: Any) -> Floats2d:
-    shifted = scores - scores.max(axis=1, keepdims=True)
-    return shifted - xp.log(xp.exp(shifted).sum(axis=1, keepdims=True))
+    follows, begins = allowed_transitions(len(start))
+    transitions = numpy.where(follows, transitions, IMPOSSIBLE).astype("float64")
+    emissions = emissions.astype("float64")
+    length = len(emissions)
+    forward, backward = numpy.zeros(emissions.shape), numpy.zeros(emissions.shape)
+    forward[0] = numpy.where(begins, start, IMPOSSIBLE) + emissions[0]
+    for i in range(1, length):
+        forward[i] = numpy.logaddexp.reduce(forward[i - 1][:, None] + transitions, axis=0) + emissions[i]
+    for i in range(length - 2, -1, -1):
+        backward[i] = numpy.logaddexp.reduce(transitions + emissions[i + 1] + backward[i + 1], axis=1)
+    every = numpy.logaddexp.reduce(forward[-1])
+    probabilities = []
+    for first, last, label in segments:
+        begin, inside = 1 + 2 * label, 2 + 2 * label
+        score, tag = forward[first, begin], begin
+        for i in range(first + 1, last):
+            score, tag = score + transitions[tag, inside] + emissions[i, inside], inside
+        if last < length:
+            onward = transitions[tag] + emissions[last] + backward[last]
+            score += numpy.logaddexp.reduce(numpy.delete(onward, inside))
+        probabilities.append(float(numpy.exp(min(score - every, 0.0))))
+    return probabilities
 
 
 def _entities(tags: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -248,12 +396,27 @@ def _entities(tags: Sequence[int]) -> Iterator[tuple[int, int, int]]:
             start = end
 
 
-def _gaps(spans: Iterable[Span], length: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of the runs of tokens that none of the spans covers."""
-    start = 0
-    for span in [*sorted(spans, key=lambda span: span.start), None]:
-        end = length if span is None else span.start
-        if start < end:
-            yield start, end
-        if span is not None:
-            start = span.end
+def _sequences(doc: Doc) -> Iterator[list[int]]:
+    """The tokens that get tags, by number: those between entities and blocked tokens that are set already, without
+    white space, and cut at every empty line.
+    """
+    sequence: list[int] = []
+    for token in doc:
+        if token.ent_iob in (1, 3) or (token.is_space and token.text.count("\n") > 1):
+            if sequence:
+                yield sequence
+            sequence = []
+        elif not token.is_space:
+            sequence.append(token.i)
+    if sequence:
+        yield sequence
+
+
+def _blocked(doc: Doc) -> list[Span]:
+    return [doc[token.i : token.i + 1] for token in doc if token.ent_iob == 3 and not token.ent_type]
+
+
+def _grown(weights: FloatsXd, shape: tuple[int, ...], ops: Ops) -> FloatsXd:
+    grown = ops.alloc(shape)
+    grown[tuple(slice(size) for size in weights.shape)] = weights
+    return grown

@@ -1,79 +1,175 @@
-"""The registered functions that only training needs: optimizer, batches, and a logger with the validation loss."""
+"""The registered functions that only training needs: optimizer, tokens, batches, a logger with the validation loss."""
 
 import itertools
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import matplotlib
+import matplotlib.pyplot
 import srsly
 import torch
+from matplotlib.figure import Figure
 from spacy import registry
 from spacy.language import Language
+from spacy.tokens import Doc
 from spacy.training import Example
 from spacy.training.loggers import console_logger_v3
-from spacy.util import minibatch
+from spacy.util import compile_infix_regex, compile_suffix_regex, minibatch
 from thinc.api import Optimizer, xp2torch
 from thinc.types import FloatsXd
 
-# `spacy train --code` imports this one file, by its path; the pipe is in the file that the package carries
+# `spacy train --code` imports this one file, by its path; the two pipes are in the files that the package carries
 sys.path.insert(0, str(Path(__file__).parent))
+import encoder  # noqa: E402, F401
 import token_ner  # noqa: E402
 
 matplotlib.use("agg")
 
 
 class TokenClassificationAdam(Optimizer):
-    """PyTorch's fused AdamW, as the transformers Trainer uses it, with a faster rate for the head.
+    """PyTorch's fused AdamW, as the transformers Trainer uses it, at a rate for each layer.
 
-    Biases and LayerNorm weights are not decayed. A step in which no parameter got a gradient does not advance the
-    schedules: spaCy's loop begins with one, see `sentence_batches`.
+    Biases and LayerNorm weights are not decayed, and of the embeddings only those that training has read. A step in
+    which no parameter got a gradient does not advance the schedules: spaCy's loop begins with one, see
+    `sentence_batches`.
 
     thinc's own Adam adds epsilon at another place, and on a CPU its update of a model with 250,000 embeddings takes
-    more than twice as long.
+    many times as long.
     """
 
-    def __init__(self, learn_rate: Iterator[float], *, head_learning_rate_scale: float, **settings: Any) -> None:
+    def __init__(
+        self,
+        learn_rate: Iterator[float],
+        *,
+        head_learning_rate_scale: float,
+        top_learning_rate_scale: float,
+        **settings: Any,
+    ) -> None:
         super().__init__(learn_rate, use_averages=False, **settings)
         self.head_learning_rate_scale = head_learning_rate_scale
+        self.top_learning_rate_scale = top_learning_rate_scale
         self.of_parameter: dict[tuple[int, str], torch.optim.AdamW] = {}
+        self.of_encoder: dict[int, tuple[torch.optim.AdamW, RowsAdam]] = {}
         self.updated = False
 
     def __call__(
         self, key: tuple[int, str], weights: FloatsXd, gradient: FloatsXd, *, lr_scale: float = 1.0
     ) -> tuple[FloatsXd, FloatsXd]:
-        """Updates one parameter in place and zeroes its gradient; `key` is the id of its model and its name there."""
-        name = key[1]
+        """Updates a parameter of the head in place, zeroes its gradient; `key`: its layer's id and its name there."""
         tensor = xp2torch(weights)  # the same memory, on the CPU and on a GPU
         if key not in self.of_parameter:
-            decayed = not (name.endswith("bias") or name == "b" or "LayerNorm" in name)
-            self.of_parameter[key] = torch.optim.AdamW(
-                [torch.nn.Parameter(tensor)],
-                betas=(self.b1, self.b2),
-                eps=self.eps,
-                weight_decay=self.L2 if decayed else 0.0,
-                fused=True,
-            )
+            parameter = torch.nn.Parameter(tensor)
+            self.of_parameter[key] = self._adam([{"params": [parameter], "weight_decay": self._decay(key[1])}])
         optimizer = self.of_parameter[key]
         (group,) = optimizer.param_groups
         (parameter,) = group["params"]
         parameter.data = tensor
         parameter.grad = xp2torch(gradient)
         torch.nn.utils.clip_grad_norm_([parameter], self.grad_clip)
-        # PyTorch names the encoder's parameters by dotted paths; the head is thinc's: W and b
-        head_scale = 1.0 if "." in name else self.head_learning_rate_scale
-        group["lr"] = self.learn_rate * lr_scale * head_scale
+        group["lr"] = self.learn_rate * lr_scale * self.head_learning_rate_scale
         optimizer.step()
         parameter.grad.zero_()
         self.updated = True
         return weights, gradient
+
+    def update_encoder(
+        self,
+        key: int,
+        parameters: Sequence[tuple[str, torch.nn.Parameter]],
+        table: torch.Tensor,
+        read: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    ) -> None:
+        """Updates all parameters of a transformer in place.
+
+        key: the id of what holds it. parameters: the transformer's, with their names there and their gradients.
+        table: its embeddings, shape (pieces, width). read: pairs of numbers of rows of the table, each at most once,
+        and those rows' gradients.
+        """
+        if key not in self.of_encoder:
+            scales = layer_learning_rate_scales([name for name, _ in parameters], self.top_learning_rate_scale)
+            groups = [
+                {"params": [parameter], "weight_decay": self._decay(name), "scale": scale}
+                for (name, parameter), scale in zip(parameters, scales, strict=True)
+            ]
+            self.of_encoder[key] = self._adam(groups), RowsAdam(table, self._adam, self._decay("weight"))
+        optimizer, rows = self.of_encoder[key]
+        for group in optimizer.param_groups:
+            group["lr"] = self.learn_rate * group["scale"]
+            torch.nn.utils.clip_grad_norm_(group["params"], self.grad_clip)
+        optimizer.step()
+        rows.step(read, self.learn_rate, self.grad_clip)
+        self.updated = True
 
     def step_schedules(self) -> None:
         """Advances the learning rate, once for each update that happened."""
         if self.updated:
             super().step_schedules()
         self.updated = False
+
+    def _adam(self, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+        return torch.optim.AdamW(groups, betas=(self.b1, self.b2), eps=self.eps, fused=True)
+
+    def _decay(self, name: str) -> float:
+        # PyTorch names the encoder's parameters by dotted paths; of the head's, W are a linear layer's weights
+        return self.L2 if name == "W" or (name.endswith("weight") and "LayerNorm" not in name) else 0.0
+
+
+class RowsAdam:
+    """AdamW on those rows of a table that have ever had a gradient; the others stay as they are.
+
+    The result is what AdamW on the whole table gives, but for the weight decay of the rows never read. It costs what
+    the rows read so far cost: for a vocabulary of 250,000 pieces of which training reads a tenth, a tenth.
+    """
+
+    def __init__(
+        self, table: torch.Tensor, make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.AdamW], decay: float
+    ) -> None:
+        self.table = table
+        self.rows = torch.empty(0, dtype=torch.int64, device=table.device)
+        self.place_of = torch.full((len(table),), -1, device=table.device)
+        # spare places are all zeros, and zeros with no gradient stay zeros
+        self.values = torch.nn.Parameter(table.new_zeros(1024, table.shape[1]))
+        self.optimizer = make_optimizer([{"params": [self.values], "weight_decay": decay}])
+
+    @torch.no_grad()
+    def step(self, read: Sequence[tuple[torch.Tensor, torch.Tensor]], learn_rate: float, grad_clip: float) -> None:
+        """Updates the table. read: pairs of numbers of rows and those rows' gradients, (rows,) and (rows, width)."""
+        for rows, _ in read:
+            self._add(rows[self.place_of[rows] < 0])
+        self.values.grad = torch.zeros_like(self.values)
+        for rows, gradient in read:
+            self.values.grad.index_add_(0, self.place_of[rows], gradient)
+        torch.nn.utils.clip_grad_norm_([self.values], grad_clip)
+        self.optimizer.param_groups[0]["lr"] = learn_rate
+        self.optimizer.step()
+        self.table.index_copy_(0, self.rows, self.values[: len(self.rows)])
+
+    def _add(self, rows: torch.Tensor) -> None:
+        used = len(self.rows)
+        needed = used + len(rows)
+        if needed > len(self.values):
+            more = self.values.new_zeros(max(needed, 2 * len(self.values)) - len(self.values), self.values.shape[1])
+            state = self.optimizer.state[self.values]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in state:
+                    state[moment] = torch.cat([state[moment], more])
+            self.values.data = torch.cat([self.values, more])
+        self.values[used:needed] = self.table[rows]
+        self.place_of[rows] = torch.arange(used, needed, device=rows.device)
+        self.rows = torch.cat([self.rows, rows])
+
+
+def layer_learning_rate_scales(names: Sequence[str], top: float) -> list[float]:
+    """For each parameter of a transformer, what its rate is times the embeddings': from 1 in the lowest layer to `top`
+    in the highest, each layer's the same factor above the one below. The parameters outside the layers have 1.
+
+    names: as Hugging Face names them in BERT and its kin, `encoder.layer.7.output.dense.weight`.
+    """
+    layers = [int(found[1]) if (found := re.match(r"encoder\.layer\.(\d+)\.", name)) else None for name in names]
+    highest = max((layer for layer in layers if layer is not None), default=0)
+    return [1.0 if layer is None else top ** (layer / max(highest, 1)) for layer in layers]
 
 
 @registry.optimizers("panx_xlmr.TokenClassificationAdam.v1")
@@ -85,12 +181,14 @@ def token_classification_adam(
     weight_decay: float,
     grad_clip: float,
     head_learning_rate_scale: float,
+    top_learning_rate_scale: float,
 ) -> Optimizer:
     """Adam for a pretrained encoder under a randomly initialised head.
 
-    learn_rate: the encoder's rate at each update. head_learning_rate_scale: the head's rate is that many times it, so
-    that the head can learn in the few hundred steps in which the encoder only moves a little. grad_clip: the largest
-    L2 norm of one parameter's gradient.
+    learn_rate: the embeddings' rate at each update. top_learning_rate_scale: the highest layer's rate is that many
+    times it, see `layer_learning_rate_scales`. head_learning_rate_scale: the head's rate is that many times it, so that
+    the head can learn in the few hundred steps in which the encoder only moves a little. grad_clip: the largest L2 norm
+    of one parameter's gradient.
     """
     return TokenClassificationAdam(
         learn_rate,
@@ -100,7 +198,62 @@ def token_classification_adam(
         L2=weight_decay,
         grad_clip=grad_clip,
         head_learning_rate_scale=head_learning_rate_scale,
+        top_learning_rate_scale=top_learning_rate_scale,
     )
+
+
+@registry.callbacks("panx_xlmr.SplitQuotesAndInitials.v1")
+def split_quotes_and_initials() -> Callable[[Language], None]:
+    """Makes a language's tokenizer split what PAN-X splits and spaCy does not: runs of apostrophes inside a word
+    (`Federer''6-4`) and the period after a single letter (`Serie B.`).
+
+    Without it no entity can end there. What belongs together the pipe finds out. For `initialize.before_init`; the
+    trained pipeline's own tokenizer file holds the result.
+    """
+
+    def customize(nlp: Language) -> None:
+        nlp.tokenizer.suffix_search = compile_suffix_regex([*nlp.Defaults.suffixes, r"(?<=^\w)\."]).search
+        nlp.tokenizer.infix_finditer = compile_infix_regex(["'{2,}", *nlp.Defaults.infixes]).finditer
+        nlp.tokenizer.rules = {
+            text: rule for text, rule in nlp.tokenizer.rules.items() if not re.fullmatch(r"\w\.", text)
+        }
+
+    return customize
+
+
+@registry.augmenters("panx_xlmr.FinestTokens.v1")
+def finest_tokens() -> Callable[[Language, Example], Iterator[Example]]:
+    """Cuts training sentences wherever PAN-X or the pipeline's own tokenizer cuts: `dell'Italia` into `dell'` and
+    `Italia`, each with the gold tag that its part of the entity has.
+
+    The first wordpiece of a token of either kind is then that of a training token, so that the pipe learns to tag
+    both PAN-X's tokens and a text's.
+    """
+
+    def augment(nlp: Language, example: Example) -> Iterator[Example]:
+        gold = cut_finest(nlp, example.reference)
+        words, spaces = [token.text for token in gold], [bool(token.whitespace_) for token in gold]
+        yield Example(Doc(nlp.vocab, words=words, spaces=spaces), gold)
+
+    return augment
+
+
+def cut_finest(nlp: Language, gold: Doc) -> Doc:
+    """The same text and entities, cut wherever `gold` or `nlp`'s tokenizer begins or ends a token."""
+    text = gold.text
+    tokens = [token for doc in (gold, nlp.make_doc(text)) for token in doc]
+    cuts = sorted({0, len(text)}.union(*((token.idx, token.idx + len(token)) for token in tokens)))
+    words: list[str] = []
+    spaces: list[bool] = []
+    for start, end in itertools.pairwise(cuts):
+        if text[start:end] == " " and words and not spaces[-1]:
+            spaces[-1] = True
+        else:
+            words.append(text[start:end])
+            spaces.append(False)
+    doc = Doc(nlp.vocab, words=words, spaces=spaces)
+    doc.set_ents([doc.char_span(ent.start_char, ent.end_char, label=ent.label_) for ent in gold.ents])
+    return doc
 
 
 @registry.batchers("panx_xlmr.SentenceBatches.v1")
@@ -127,8 +280,8 @@ def training_logger(
 ) -> Callable[[Language, IO, IO], tuple[Callable[[dict[str, Any] | None], None], Callable[[], None]]]:
     """spaCy's console table and progress bar, and beside it the model card's table.
 
-    After each epoch a row goes to `output_file` (JSONL): `training_loss`, the mean of the batches' cross-entropies
-    since the row before, in nats; `epoch`; `step`, the number of updates; `validation_loss`, the mean cross-entropy
+    After each epoch a row goes to `output_file` (JSONL): `training_loss`, the mean of the batches' losses
+    since the row before, in nats a token; `epoch`; `step`, the number of updates; `validation_loss`, the same
     over all tokens of `dev_corpus`; and spaCy's scores there as fractions. `plot_file` (PNG) shows all rows so far.
     """
 
@@ -160,7 +313,9 @@ def training_logger(
                     }
                 )
                 srsly.write_jsonl(output_file, rows)
-                plot_training(rows, Path(plot_file))
+                figure = plot_training(rows)
+                figure.savefig(plot_file, dpi=120)
+                matplotlib.pyplot.close(figure)
 
         return log_step, finalize
 
@@ -168,7 +323,7 @@ def training_logger(
 
 
 def validation_loss(nlp: Language, examples: Iterable[Example], batch_size: int = 64) -> float:
-    """The mean cross-entropy, in nats, over all tokens that have a gold tag, with dropout off."""
+    """The negative log-likelihood of the gold tags, in nats a token, over all of the examples, with dropout off."""
     ner = nlp.get_pipe("ner")
     total, tokens = 0.0, 0
     for batch in minibatch(sorted(examples, key=len), batch_size):
@@ -182,20 +337,17 @@ def validation_loss(nlp: Language, examples: Iterable[Example], batch_size: int 
     return total / tokens
 
 
-def plot_training(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws both losses (nats a token) and F1 on the validation sentences against the step."""
-    from matplotlib import pyplot
-
+def plot_training(rows: list[dict[str, Any]]) -> Figure:
+    """Both losses (nats a token), and F1 on the validation sentences, against the step."""
     steps = [row["step"] for row in rows]
-    figure, (losses, score) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    figure, (losses, score) = matplotlib.pyplot.subplots(2, 1, figsize=(5, 6), layout="constrained")
     losses.plot(steps, [row["training_loss"] for row in rows], marker="o", label="training")
     losses.plot(steps, [row["validation_loss"] for row in rows], marker="o", label="validation")
-    losses.set(title="Cross-entropy a token", xlabel="step", ylabel="nats", ylim=(0, None))
+    losses.set(title="Negative log-likelihood a token", xlabel="step", ylabel="nats", ylim=(0, None))
     losses.legend()
     score.plot(steps, [row["ents_f"] for row in rows], marker="o", color="tab:green")
     score.set(title="F1 on the validation sentences", xlabel="step", ylabel="F1", ylim=(0, 1))
     for axes in (losses, score):
         axes.set_xticks(steps)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure

@@ -56,6 +56,24 @@ def test_tokens_and_tags_of_all_40000_sentences_survive(tmp_path, tiny_encoder, 
     assert stats["shared"]["test also in train"] == 1161
 
 
+def test_further_training_sentences_are_added_to_the_training_split_only(data, tmp_path, tiny_encoder):
+    extra = tmp_path / "extra"
+    extra.mkdir()
+    for name in ("PAN-X.es", "PAN-X.fr"):
+        (extra / f"{name}.tsv").write_text(f"{name}\tB-LOC\n\nuno\tO\n\ndos\tO\n", encoding="utf8")
+    stats = convert(data, tmp_path, "it", tiny_encoder, ALL, extra)
+    assert [stats[split]["sentences"] for split in SPLITS] == [7, 1, 1]
+    stats = convert(data, tmp_path, "it", tiny_encoder, ALL | {"train": 1}, extra)
+    assert stats["train"]["sentences"] == 3
+
+
+def test_another_language_is_converted_by_its_own_rules(data, tmp_path, tiny_encoder):
+    for split in SPLITS:
+        (data / f"{split}.tsv").rename(data / f"{split}-es.tsv")
+    convert(data, tmp_path, "es", tiny_encoder, ALL)
+    assert len(read_docs(tmp_path / "train.spacy")) == 1
+
+
 def test_text_has_spaces_where_a_person_writes_them(data, tmp_path, tiny_encoder):
     convert(data, tmp_path, "it", tiny_encoder, ALL)
     assert read_docs(tmp_path / "train.spacy")[0].text == "Anna Neri (Bari)"

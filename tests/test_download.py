@@ -123,6 +123,38 @@ def one_line(text: str) -> str:
 # data
 
 
+SPANISH = {split: [Sentence((f"Cádiz-{split}",), ("B-LOC",))] for split in SPLITS}
+
+
+@pytest.mark.parametrize("way", ["config of the same folder", "folder"])
+def test_training_sentences_of_another_language_are_kept_beside_the_data(run, tmp_path, way):
+    dataset = write_tsv(tmp_path / "tsv")
+    folder = dataset if way != "folder" else tmp_path / "spagnolo"
+    write_tsv(folder, SPANISH, name="{split}-es.tsv")
+    extra = "PAN-X.es" if way != "folder" else str(folder)
+    assets = run(dataset=str(dataset), extra_train=[extra])
+    name = "PAN-X.es.tsv" if way != "folder" else "spagnolo.tsv"
+    assert {path.name for path in (assets / "extra_train").iterdir()} == {name}
+    assert read_tsv(assets / "extra_train" / name) == SPANISH["train"]
+    assert read_tsv(assets / "data" / "train.tsv") == SENTENCES["train"]
+    (record,) = json.loads((assets / "provenance.json").read_text())["extra_train"]
+    assert record["files"][name]["sentences"] == 1
+
+
+def test_without_further_data_what_an_earlier_run_added_goes_away(run, tmp_path):
+    write_tsv(tmp_path / "tsv")
+    write_tsv(tmp_path / "tsv", SPANISH, name="{split}-es.tsv")
+    run(extra_train=["PAN-X.es"])
+    assets = run()
+    assert list((assets / "extra_train").iterdir()) == []
+
+
+def test_further_data_given_twice_is_refused(run, tmp_path):
+    write_tsv(tmp_path / "tsv", SPANISH, name="{split}-es.tsv")
+    with pytest.raises(UserError, match="PAN-X.es is there twice"):
+        run(dataset=str(write_tsv(tmp_path / "tsv")), extra_train=["PAN-X.es", "PAN-X.es"])
+
+
 @pytest.mark.parametrize("name", ["{split}-it.tsv", "{split}.tsv"])
 def test_tsv_folder_arrives_byte_for_byte(run, tmp_path, name):
     assets = run(dataset=str(write_tsv(tmp_path / "mine", name=name)))

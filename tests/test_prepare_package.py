@@ -13,6 +13,7 @@ PER_TYPE = {label: {"p": 0.8, "r": 0.7, "f": 0.75} for label in ("LOC", "ORG", "
 TEST = {"ents_p": 0.8, "ents_r": 0.7, "ents_f": 0.75, "ents_per_type": PER_TYPE, "speed": 900.0}
 PROVENANCE = {
     "data": {"kind": "hub", "source": "google/xtreme", "config": "PAN-X.it", "commit": "ab12"},
+    "extra_train": [],
     "encoder": {"kind": "folder", "source": "my-encoder", "commit": None},
 }
 
@@ -69,6 +70,12 @@ def test_a_pipeline_trained_on_a_gpu_predicts_in_full_precision():
     trained["components"]["transformer"]["model"]["mixed_precision"] = True
     packaged = inference_config(trained, "org/encoder")
     assert packaged["components"]["transformer"]["model"]["mixed_precision"] is False
+
+
+def test_sources_name_what_was_added_to_the_training_sentences():
+    extra = {"kind": "hub", "source": "google/xtreme", "config": "PAN-X.es", "commit": "ab12"}
+    sources = meta(provenance=PROVENANCE | {"extra_train": [extra]})["sources"]
+    assert [source.get("config") for source in sources] == ["PAN-X.it", "PAN-X.es", None]
 
 
 def test_the_trained_pipeline_stays_as_it_was(tmp_path):

@@ -1,9 +1,12 @@
+import copy
+import math
 import zlib
 from itertools import product
 
 import numpy
 import pytest
 import spacy
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -11,7 +14,7 @@ from spacy.tokens import Doc, Span
 from spacy.training import Example
 from thinc.api import Model
 
-from token_ner import MASKED, TokenNer, decode_iob2, token_classifier
+from token_ner import MASKED, TagScores, TokenNer, crf_token_classifier, decode_iob2, negative_log_likelihood
 
 TAGS = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
 WIDTH = 8
@@ -44,7 +47,7 @@ def nlp():
 
 @spacy.registry.architectures("test.LookupTokenClassifier.v1")
 def lookup_token_classifier():
-    return token_classifier(lookup_vectors())
+    return crf_token_classifier(lookup_vectors())
 
 
 def example(nlp, words, tags, spaces=None):
@@ -64,37 +67,95 @@ def trained(nlp, steps=60):
     return examples
 
 
-scores = st.integers(1, 6).flatmap(
-    lambda tokens: arrays("float32", (tokens, len(TAGS)), elements=st.floats(-8, 8, width=32))
-)
+def floats(*shape):
+    return arrays("float32", shape, elements=st.floats(-8, 8, width=32))
 
 
-@settings(max_examples=200, deadline=None)
-@given(scores)
-def test_decoding_finds_the_best_valid_sequence_of_all(scores):
-    log_probabilities = scores - numpy.log(numpy.exp(scores.astype("float64")).sum(axis=1, keepdims=True))
-    rows = range(len(scores))
-    valid = [ids for ids in product(range(len(TAGS)), repeat=len(scores)) if is_valid_iob2([TAGS[i] for i in ids])]
-    best = max(log_probabilities[rows, ids].sum() for ids in valid)
-    decoded = decode_iob2(scores, numpy.zeros(len(scores), dtype=bool))
-    assert is_valid_iob2([TAGS[i] for i in decoded])
-    assert log_probabilities[rows, decoded].sum() == pytest.approx(best, abs=1e-4)
+def total(emissions, transitions, start, ids):
+    """The score of one sequence of tag ids, straight from the model's definition."""
+    pairs = sum(transitions[before, after] for before, after in zip(ids, ids[1:], strict=False))
+    return start[ids[0]] + sum(emissions[row, tag] for row, tag in enumerate(ids)) + pairs
+
+
+def valid_sequences(length):
+    every = product(range(len(TAGS)), repeat=length)
+    return [ids for ids in every if is_valid_iob2([TAGS[i] for i in ids])]
+
+
+batches = st.lists(st.integers(1, 6).flatmap(lambda tokens: floats(tokens, len(TAGS))), min_size=1, max_size=3)
+parameters = (floats(len(TAGS), len(TAGS)), floats(len(TAGS)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches, *parameters)
+def test_decoding_finds_the_best_valid_sequence_of_all(batch, transitions, start):
+    for emissions, decoded in zip(batch, decode_iob2(batch, transitions, start), strict=True):
+        valid = valid_sequences(len(emissions))
+        assert tuple(decoded) in valid
+        best = max(total(emissions, transitions, start, ids) for ids in valid)
+        assert total(emissions, transitions, start, decoded) == pytest.approx(best, abs=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches, *parameters, st.data())
+def test_the_loss_is_minus_the_log_of_the_gold_tags_share_of_all_valid_sequences(batch, transitions, start, data):
+    gold, expected = [], 0.0
+    for emissions in batch:
+        valid = valid_sequences(len(emissions))
+        tags = list(data.draw(st.sampled_from(valid)))
+        hidden = data.draw(st.sets(st.integers(0, len(tags) - 1)))
+        tags = [MASKED if i in hidden else tag for i, tag in enumerate(tags)]
+        scores = {ids: float(total(emissions.astype("float64"), transitions, start, ids)) for ids in valid}
+        agreeing = [
+            score for ids, score in scores.items() if all(t in (MASKED, i) for t, i in zip(tags, ids, strict=True))
+        ]
+        expected += numpy.logaddexp.reduce(list(scores.values())) - numpy.logaddexp.reduce(agreeing)
+        gold.append(tags)
+    tensors = [torch.tensor(emissions) for emissions in batch]
+    loss = negative_log_likelihood(tensors, torch.tensor(transitions), torch.tensor(start), gold)
+    assert float(loss) == pytest.approx(expected, abs=1e-3)
 
 
 def test_an_entity_begins_with_b_even_where_i_scores_best():
     scores = numpy.array([[0, 1, 5, 0, 0], [0, 0, 5, 0, 0]], dtype="float32")
-    assert [TAGS[i] for i in decode_iob2(scores, numpy.zeros(2, dtype=bool))] == ["B-LOC", "I-LOC"]
+    (decoded,) = decode_iob2([scores], numpy.zeros((5, 5)), numpy.zeros(5))
+    assert [TAGS[i] for i in decoded] == ["B-LOC", "I-LOC"]
 
 
-def test_no_entity_begins_or_ends_in_white_space(nlp):
+def test_the_transitions_decide_where_the_tokens_do_not():
+    scores = numpy.array([[0, 1, 0, 0, 0], [1, 0, 1, 0, 0]], dtype="float32")
+    transitions = numpy.zeros((5, 5))
+    transitions[1, 2] = 1
+    assert [TAGS[i] for i in decode_iob2([scores], transitions, numpy.zeros(5))[0]] == ["B-LOC", "I-LOC"]
+    assert [TAGS[i] for i in decode_iob2([scores], -transitions, numpy.zeros(5))[0]] == ["B-LOC", "O"]
+
+
+def tag_scores(ner, docs, tags):
+    """Scores that say exactly these tags."""
+    emissions = []
+    for doc_tags in tags:
+        array = numpy.zeros((len(doc_tags), len(ner.tags)), dtype="float32")
+        array[range(len(doc_tags)), [ner.tags.index(tag) for tag in doc_tags]] = 9
+        emissions.append(array)
+    size = len(ner.tags)
+    return TagScores(emissions, numpy.zeros((size, size), dtype="float32"), numpy.zeros(size, dtype="float32"))
+
+
+@pytest.mark.parametrize(
+    ("words", "tags", "entities"),
+    [
+        (["\n", "Bari", "e"], ["B-LOC", "B-LOC", "O"], [(1, 2)]),
+        (["Bari", " ", "e", "\n"], ["B-LOC", "I-LOC", "O", "I-LOC"], [(0, 1)]),
+        (["Bari", "\n", "vecchia"], ["B-LOC", "O", "I-LOC"], [(0, 3)]),
+        (["Bari", "\n\n", "vecchia"], ["B-LOC", "I-LOC", "B-LOC"], [(0, 1), (2, 3)]),
+    ],
+)
+def test_no_entity_begins_or_ends_in_white_space_or_crosses_an_empty_line(nlp, words, tags, entities):
     trained(nlp)
     ner = nlp.get_pipe("ner")
-    doc = Doc(nlp.vocab, words=["\n", "Bari", " ", "Bari", "\n"])
-    b_loc, i_loc = ner.tags.index("B-LOC"), ner.tags.index("I-LOC")
-    scores = numpy.zeros((5, len(ner.tags)), dtype="float32")
-    scores[0, b_loc] = scores[1:, i_loc] = 9
-    ner.set_annotations([doc], [scores])
-    assert [(ent.start, ent.end) for ent in doc.ents] == [(1, 4)]
+    doc = Doc(nlp.vocab, words=words)
+    ner.set_annotations([doc], tag_scores(ner, [doc], [tags]))
+    assert [(ent.start, ent.end) for ent in doc.ents] == entities
 
 
 def test_learns_and_sets_entities(nlp):
@@ -113,36 +174,48 @@ def test_gradient_is_the_losss_derivative(nlp):
     examples = trained(nlp, steps=1)
     ner = nlp.get_pipe("ner")
     generator = numpy.random.default_rng(0)
-    scores = [generator.normal(size=(len(eg.predicted), len(ner.tags))) for eg in examples]
+    size = len(ner.tags)
+    emissions = [generator.normal(size=(len(eg.predicted), size)) for eg in examples]
+    scores = TagScores(emissions, generator.normal(size=(size, size)), generator.normal(size=size))
     _, gradient = ner.get_loss(examples, scores)
     step = 1e-5
-    for i, row, column in [(0, 0, 0), (0, 4, 1), (1, 1, 2), (1, 3, 4)]:
+
+    def arrays_of(values):
+        return [*values.emissions, values.transitions, values.start]
+
+    for array, place in [(0, (0, 0)), (0, (4, 1)), (1, (1, 2)), (1, (3, 4)), (2, (0, 3)), (2, (3, 4)), (3, 1)]:
         around = []
         for sign in (1, -1):
-            moved = [array.copy() for array in scores]
-            moved[i][row, column] += sign * step
+            moved = copy.deepcopy(scores)
+            arrays_of(moved)[array][place] += sign * step
             around.append(ner.get_loss(examples, moved)[0])
-        assert gradient[i][row, column] == pytest.approx((around[0] - around[1]) / (2 * step), abs=1e-6)
+        assert arrays_of(gradient)[array][place] == pytest.approx((around[0] - around[1]) / (2 * step), abs=1e-6)
+
+
+def uniform(ner, examples):
+    size = len(ner.tags)
+    emissions = [numpy.zeros((len(eg.predicted), size), dtype="float32") for eg in examples]
+    return TagScores(emissions, numpy.zeros((size, size), dtype="float32"), numpy.zeros(size, dtype="float32"))
 
 
 def test_loss_is_the_mean_over_annotated_tokens(nlp):
     examples = trained(nlp, steps=1)
     ner = nlp.get_pipe("ner")
-    uniform = [numpy.zeros((len(eg.predicted), len(ner.tags)), dtype="float32") for eg in examples]
-    assert ner.get_loss(examples, uniform)[0] == pytest.approx(numpy.log(len(ner.tags)))
+    expected = sum(math.log(len(valid_sequences(len(eg.predicted)))) for eg in examples) / 9
+    assert ner.get_loss(examples, uniform(ner, examples))[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_tokens_without_annotation_have_no_tag_and_no_gradient(nlp):
+def test_tokens_without_annotation_may_have_any_tag(nlp):
     trained(nlp, steps=1)
     ner = nlp.get_pipe("ner")
     reference = Doc(nlp.vocab, words=["Bari", "e", "Ugo"])
     reference.set_ents([Span(reference, 0, 1, label="LOC")], default="missing")
     partly = Example(Doc(nlp.vocab, words=["Bari", "e", "Ugo"]), reference)
-    assert ner.gold_tags(partly) == [ner.tags.index("B-LOC"), MASKED, MASKED]
-    loss, (gradient,) = ner.get_loss([partly], [numpy.zeros((3, len(ner.tags)), dtype="float32")])
-    assert loss > 0
-    assert gradient[0].any()
-    assert not gradient[1:].any()
+    b_loc = ner.tags.index("B-LOC")
+    assert ner.gold_tags(partly) == [b_loc, MASKED, MASKED]
+    every = valid_sequences(3)
+    loss, _ = ner.get_loss([partly], uniform(ner, [partly]))
+    assert loss == pytest.approx(math.log(len(every) / sum(ids[0] == b_loc for ids in every)), rel=1e-5)
 
 
 def test_tokens_that_cannot_be_aligned_are_masked(nlp):
@@ -205,11 +278,12 @@ def test_a_label_added_to_a_trained_pipe_leaves_its_scores_and_can_be_learned(nl
     examples = trained(nlp)
     ner = nlp.get_pipe("ner")
     doc = Doc(nlp.vocab, words=["Anna", "Neri", "vive", "a", "Bari"])
-    (before,) = ner.predict([doc])
+    before = ner.predict([doc])
     assert ner.add_label("ORG") == 1
     assert ner.add_label("ORG") == 0
-    (after,) = ner.predict([doc])
-    assert numpy.array_equal(after[:, : before.shape[1]], before)
+    after = ner.predict([doc])
+    assert numpy.array_equal(after.emissions[0][:, :5], before.emissions[0])
+    assert numpy.array_equal(after.transitions[:5, :5], before.transitions)
     examples.append(example(nlp, ["Eni", "e", "Ugo"], ["B-ORG", "O", "B-PER"]))
     optimizer = nlp.resume_training()
     optimizer.learn_rate = 0.1
@@ -247,7 +321,8 @@ def test_saved_and_loaded_it_predicts_the_same(nlp, tmp_path, way):
         loaded.add_pipe("token_ner", name="ner", config={"model": {"@architectures": "test.LookupTokenClassifier.v1"}})
         loaded.from_bytes(nlp.to_bytes())
     doc = Doc(nlp.vocab, words=["Anna", "Neri", "vive", "a", "Bari"])
-    (before,), (after,) = (pipeline.get_pipe("ner").predict([doc]) for pipeline in (nlp, loaded))
-    assert numpy.array_equal(before, after)
+    before, after = (pipeline.get_pipe("ner").predict([doc]) for pipeline in (nlp, loaded))
+    assert numpy.array_equal(before.emissions[0], after.emissions[0])
+    assert numpy.array_equal(before.transitions, after.transitions)
     assert loaded.get_pipe("ner").labels == nlp.get_pipe("ner").labels
     assert isinstance(loaded.get_pipe("ner"), TokenNer)

@@ -4,17 +4,16 @@ import numpy
 import pytest
 import spacy
 import srsly
+import torch
 from spacy.cli.train import train
-from spacy.tokens import DocBin
-from spacy.training import Corpus
+from spacy.tokens import Doc, DocBin
+from spacy.training import Corpus, Example
 from thinc.api import warmup_linear
 
 import training
 from configure import configure
 from conftest import ROOT
 from convert import convert_split
-
-WEIGHTS = {"encoder.layer.0.output.dense.weight": 1, "encoder.layer.0.output.dense.bias": 2, "W": 3, "b": 4}
 
 
 def optimizer(**changes):
@@ -26,17 +25,26 @@ def optimizer(**changes):
         "weight_decay": 0.0,
         "grad_clip": 1.0,
         "head_learning_rate_scale": 20.0,
+        "top_learning_rate_scale": 1.0,
     }
     return training.token_classification_adam(**settings | changes)
 
 
 def move(adam, name, gradient):
-    """How far one update moves a weight that was 1."""
-    weights, _ = adam((0, name), numpy.ones(1, dtype="float32"), numpy.asarray([gradient], dtype="float32"))
+    """How far one update moves a weight that was 1: of the head, or by its dotted name of a transformer."""
+    weights, gradients = numpy.ones(1, dtype="float32"), numpy.asarray([gradient], dtype="float32")
+    if "." not in name:
+        adam((0, name), weights, gradients)
+    else:
+        parameter = torch.nn.Parameter(torch.from_numpy(weights))
+        parameter.grad = torch.from_numpy(gradients)
+        adam.update_encoder(0, [(name, parameter)], torch.zeros(1, 1), [])
     return 1 - float(weights[0])
 
 
-@pytest.mark.parametrize(("name", "factor"), [("W", 20), ("b", 20), ("encoder.layer.0.output.dense.weight", 1)])
+@pytest.mark.parametrize(
+    ("name", "factor"), [("W", 20), ("transitions", 20), ("encoder.layer.0.output.dense.weight", 1)]
+)
 def test_only_the_head_moves_by_the_scaled_rate(name, factor):
     # Adam's first update is the learning rate, whatever the gradient
     assert move(optimizer(), name, 0.5) == pytest.approx(0.1 * factor, rel=1e-4)
@@ -50,11 +58,41 @@ def test_only_the_head_moves_by_the_scaled_rate(name, factor):
         ("embeddings.LayerNorm.weight", False),
         ("W", True),
         ("b", False),
+        ("transitions", False),
     ],
 )
-def test_biases_and_layer_norms_are_not_decayed(name, decayed):
+def test_biases_layer_norms_and_transitions_are_not_decayed(name, decayed):
     adam = optimizer(weight_decay=0.5, head_learning_rate_scale=1.0)
     assert move(adam, name, 0.0) == pytest.approx(0.05 if decayed else 0.0, abs=1e-6)
+
+
+def test_layers_learn_the_faster_the_higher_they_are():
+    names = [
+        "embeddings.LayerNorm.bias",
+        *(f"encoder.layer.{i}.output.dense.weight" for i in range(3)),
+        "pooler.weight",
+    ]
+    assert training.layer_learning_rate_scales(names, 4.0) == pytest.approx([1, 1, 2, 4, 1])
+    assert training.layer_learning_rate_scales(["encoder.layer.0.output.dense.bias"], 4.0) == [1]
+
+
+def test_rows_of_a_table_that_were_read_move_as_all_rows_would_and_the_others_stay():
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(5000, 3, generator=generator)
+    whole = torch.nn.Parameter(table.clone())
+    adam = torch.optim.AdamW([whole], lr=0.01, weight_decay=0.0)
+    rows = training.RowsAdam(table, lambda groups: torch.optim.AdamW(groups), 0.0)
+    read = torch.zeros(5000, dtype=torch.bool)
+    before = table.clone()
+    for count in (10, 700, 1500, 10, 3):
+        ids = torch.randperm(5000, generator=generator)[:count]
+        gradient = torch.randn(count, 3, generator=generator)
+        whole.grad = torch.zeros_like(whole).index_add_(0, ids, gradient)
+        adam.step()
+        rows.step([(ids[: count // 2], gradient[: count // 2]), (ids[count // 2 :], gradient[count // 2 :])], 0.01, 1e9)
+        read[ids] = True
+    assert torch.allclose(table, whole.detach(), atol=1e-6)
+    assert torch.equal(table[~read], before[~read])
 
 
 def test_several_updates_are_those_of_adam_on_the_clipped_gradient():
@@ -62,8 +100,9 @@ def test_several_updates_are_those_of_adam_on_the_clipped_gradient():
     gradients = numpy.random.default_rng(0).normal(size=(5, 4)) * [[0.1], [3], [0.2], [9], [0.3]]
     weights, expected = numpy.ones(4, dtype="float32"), numpy.ones(4)
     first = second = numpy.zeros(4)
+    adam.head_learning_rate_scale = 1.0
     for step, gradient in enumerate(gradients, start=1):
-        adam((0, "encoder.weight"), weights, gradient.astype("float32"))
+        adam((0, "W"), weights, gradient.astype("float32"))
         clipped = gradient / max(1, numpy.linalg.norm(gradient))
         first, second = 0.9 * first + 0.1 * clipped, 0.999 * second + 0.001 * clipped**2
         expected -= 0.1 * (first / (1 - 0.9**step)) / (numpy.sqrt(second / (1 - 0.999**step)) + 1e-3)
@@ -86,6 +125,45 @@ def test_only_the_first_batch_of_a_run_is_empty_and_the_others_are_full():
     assert second == [24, 24, 2]
 
 
+@pytest.fixture
+def italian():
+    nlp = spacy.blank("it")
+    training.split_quotes_and_initials()(nlp)
+    return nlp
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("''Federer''6-4", ["''", "Federer", "''", "6", "-", "4"]),
+        ("Gioca in Serie B.", ["Gioca", "in", "Serie", "B", "."]),
+        ("Nacque nel 40 a.C. a Roma", ["Nacque", "nel", "40", "a.C.", "a", "Roma"]),
+        ("l'Aquila", ["l'", "Aquila"]),
+    ],
+)
+def test_the_tokenizer_splits_where_panx_ends_an_entity(italian, text, tokens):
+    assert [token.text for token in italian(text)] == tokens
+
+
+def test_training_tokens_are_cut_where_panx_or_the_tokenizer_cuts(italian):
+    gold = Doc(
+        italian.vocab,
+        words=["Presso", "l'Aquila", "Calcio", "(", "U.", "S", ".", ")"],
+        spaces=[True, True, True, False, False, False, False, False],
+        ents=["O", "B-ORG", "I-ORG", "O", "O", "O", "O", "O"],
+    )
+    (example,) = training.finest_tokens()(italian, Example(gold.copy(), gold))
+    assert [t.text for t in example.reference] == ["Presso", "l'", "Aquila", "Calcio", "(", "U.", "S", ".", ")"]
+    assert [(ent.text, ent.label_) for ent in example.reference.ents] == [("l'Aquila Calcio", "ORG")]
+    assert example.predicted.text == example.reference.text == gold.text
+    assert not example.predicted.ents
+
+
+@pytest.mark.parametrize("text", ["a  b", " a", "a ", "\u00a0a\u00a0b \n c", "a\u200b b"])
+def test_cutting_keeps_every_character(italian, text):
+    assert training.cut_finest(italian, italian.make_doc(text)).text == text
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_encoder, sample):
     """The same training of 2 epochs of 3 batches, twice, each in a folder of its own."""
@@ -101,6 +179,7 @@ def runs(tmp_path_factory, tiny_encoder, sample):
             encoder=tiny_encoder,
             sentences=len(docs),
             learning_rate=2e-3,
+            top_learning_rate_scale=1.0,
             head_learning_rate_scale=2.0,
             batch_size=24,
             epochs=2,
@@ -125,19 +204,13 @@ def test_a_row_for_each_epoch_that_counts_updates_and_the_last_weights_are_score
     assert nlp.evaluate(list(Corpus(runs[0] / "dev.spacy", gold_preproc=True)(nlp)))["ents_f"] == rows[-1]["ents_f"]
 
 
-def test_validation_loss_is_the_cross_entropy_of_the_saved_weights(runs):
+def test_validation_loss_is_that_of_the_saved_weights_on_all_tokens(runs):
     nlp = spacy.load(runs[0] / "model-last")
     examples = list(Corpus(runs[0] / "dev.spacy", gold_preproc=True)(nlp))
-    tags = nlp.get_pipe("ner").tags
-    losses = []
-    for example in examples:
-        doc = nlp.get_pipe("transformer")(example.predicted)
-        (scores,) = nlp.get_pipe("ner").predict([doc])
-        for row, token in zip(scores, example.reference, strict=True):
-            tag = f"{token.ent_iob_}-{token.ent_type_}" if token.ent_type_ else "O"
-            losses.append(math.log(numpy.exp(row - row.max()).sum()) + row.max() - row[tags.index(tag)])
+    docs = [nlp.get_pipe("transformer")(example.predicted) for example in examples]
+    loss, _ = nlp.get_pipe("ner").get_loss(examples, nlp.get_pipe("ner").predict(docs))
     row = list(srsly.read_jsonl(runs[0] / "training.jsonl"))[-1]
-    assert row["validation_loss"] == pytest.approx(float(numpy.mean(losses)), rel=1e-4)
+    assert row["validation_loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_training_loss_is_a_mean_over_batches(runs):

@@ -10,8 +10,11 @@ import spacy
 import srsly
 from spacy.cli import project_run
 from spacy.tokens import DocBin
+from spacy.util import load_config
+from weasel.cli.run import load_project_config
 
-import token_ner  # noqa: F401  registers the pipe that the trained pipeline is loaded with
+import encoder  # noqa: F401  registers what the trained pipeline is loaded with, as does the next
+import token_ner  # noqa: F401
 from conftest import ROOT
 from panx import Sentence, to_tsv
 
@@ -21,6 +24,7 @@ TRAINED = {
     "learning_rate": 0.002,
     "head_learning_rate_scale": 2,
     "epochs": 40,
+    "extra_train": "PAN-X.es",
     **dict.fromkeys(("train_size", "dev_size", "test_size"), 0),
 }
 OFFLINE = {"HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
@@ -37,12 +41,14 @@ def project(tmp_path_factory, sample, tiny_encoder):
     data.mkdir()
     for split in sample:
         (data / f"{split}.tsv").write_bytes(to_tsv([*sample["train"][:40], Sentence(("Bari",), ("B-LOC",))]))
+        spanish = to_tsv([Sentence(("Sevilla",), ("B-LOC",)), Sentence(("hola",), ("O",))])
+        (data / f"{split}-es.tsv").write_bytes(spanish)
     project_run(root, "all", overrides={f"vars.{k}": v for k, v in vars_of(data, tiny_encoder).items()})
     return root
 
 
-def vars_of(data, encoder):
-    return TRAINED | {"dataset": str(data), "encoder": str(encoder)}
+def vars_of(data, folder):
+    return TRAINED | {"dataset": str(data), "encoder": str(folder)}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +79,7 @@ def test_every_output_of_every_step_is_there(project):
 
 def test_every_script_and_config_is_a_dep_of_the_command_that_uses_it():
     for command in srsly.read_yaml(ROOT / "project.yml")["commands"]:
-        words = " ".join(command["script"]).split()
+        words = " ".join(command["script"]).replace(",", " ").split()
         used = [w for w in words if w.startswith(("scripts/", "configs/"))]
         assert [w for w in used if w not in command.get("deps", [])] == []
 
@@ -85,17 +91,49 @@ def test_metrics_of_spacy_and_seqeval_are_the_same(project):
         assert seqevals[key] == pytest.approx(spacys[key], abs=1e-9)
 
 
+def test_sentences_of_a_further_language_are_trained_on_and_named_as_a_source(project):
+    stats = srsly.read_json(project / "corpus" / "stats.json")
+    assert (stats["train"]["sentences"], stats["test"]["sentences"]) == (43, 41)
+    meta = srsly.read_json(project / "packages" / "it_panx_xlmr-1.0.0" / "meta.json")
+    assert [source.get("config") for source in meta["sources"]] == ["tiny", "PAN-X.es", None]
+
+
+def test_the_report_tells_of_the_test_sentences(project):
+    html = (project / "metrics" / "report.html").read_text(encoding="utf8")
+    assert "it_panx_xlmr" in html
+    assert "41 test sentences" in html
+
+
+def test_another_language_makes_another_package(project, tmp_path, tiny_encoder):
+    for name in ("project.yml", "configs", "scripts"):
+        source = project / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    variables = vars_of(project / "data", tiny_encoder) | {
+        "lang": "es",
+        "dataset_config": "PAN-X.es",
+        "extra_train": "",
+    }
+    overrides = {f"vars.{key}": value for key, value in variables.items()}
+    for command in ("download", "convert-full", "configure"):
+        project_run(tmp_path, command, overrides=overrides)
+    assert load_config(tmp_path / "training" / "config.cfg")["nlp"]["lang"] == "es"
+    docs = list(DocBin().from_disk(tmp_path / "corpus" / "train.spacy").get_docs(spacy.blank("es").vocab))
+    assert [doc.text for doc in docs] == ["Sevilla", "hola"]
+    outputs = [o for c in load_project_config(tmp_path, overrides=overrides)["commands"] for o in c.get("outputs", [])]
+    assert "packages/es_panx_xlmr-1.0.0/dist/es_panx_xlmr-1.0.0-py3-none-any.whl" in outputs
+
+
 def test_running_again_skips_what_is_done(project, tiny_encoder, capfd):
     overrides = {f"vars.{k}": v for k, v in vars_of(project / "data", tiny_encoder).items()}
     project_run(project, "all", overrides=overrides)
     output = capfd.readouterr().out
-    for name in ("convert", "configure", "train", "evaluate", "package"):
+    for name in ("convert", "configure", "train", "evaluate", "report", "package"):
         assert f"Skipping '{name}'" in output
 
 
 def test_the_wheel_holds_the_pipes_code_and_nothing_of_the_training(project):
     package = project / "packages" / "it_panx_xlmr-1.0.0" / "it_panx_xlmr"
-    assert {path.name for path in package.glob("*.py")} == {"__init__.py", "token_ner.py"}
+    assert {path.name for path in package.glob("*.py")} == {"__init__.py", "encoder.py", "token_ner.py"}
     config = (package / "it_panx_xlmr-1.0.0" / "config.cfg").read_text(encoding="utf8")
     assert "TrainingLogger" not in config
     assert str(project) not in config

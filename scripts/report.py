@@ -1,0 +1,269 @@
+"""Shows what a trained pipeline gets wrong on the test sentences: one HTML file that needs nothing else."""
+
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import jinja2
+import matplotlib.pyplot
+import spacy
+import srsly
+import typer
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from spacy import displacy
+from spacy.language import Language
+from spacy.scorer import PRFScore
+from spacy.tokens import Doc, Span
+from spacy.training import Corpus
+from wasabi import msg
+
+import encoder  # noqa: F401  registers what a trained pipeline is made of, as does the next
+import token_ner  # noqa: F401
+from atomic import replacing
+from errors import UserError, one_sentence
+from training import plot_training
+
+matplotlib.use("agg")
+
+TEMPLATE = Path(__file__).with_name("report.html")
+LENGTHS = ((1, 3), (4, 6), (7, 12), (13, 25), (26, None))  # tokens
+COLORS = {"PER": "#aec7e8", "ORG": "#ffbb78", "LOC": "#98df8a"}
+BOUNDARIES = ("exact", "too short", "too long", "shifted")
+MOST = 20  # errors in a list
+
+
+@dataclass
+class Error:
+    """A gold entity that was not found, a predicted one that is not there, or two that overlap and differ."""
+
+    gold_doc: Doc
+    predicted_doc: Doc
+    gold: Span | None
+    predicted: Span | None
+    probability: float | None
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """What should have been found and what was, as they are counted."""
+        names = [f"{ent.label_} “{ent.text}”" if ent else "nothing" for ent in (self.gold, self.predicted)]
+        return names[0], names[1]
+
+
+def predict(nlp: Language, gold: Sequence[Doc]) -> tuple[list[Doc], list[list[float]]]:
+    """The pipeline's entities on the gold tokens, and how probable it finds each."""
+    ner = nlp.get_pipe("ner")
+    docs, probabilities = [], []
+    examples = (Doc(nlp.vocab, words=[t.text for t in d], spaces=[bool(t.whitespace_) for t in d]) for d in gold)
+    for doc in nlp.pipe(examples):
+        probabilities.append(ner.entity_probabilities(doc, ner.predict([doc])))
+        doc._.trf_data = None
+        docs.append(doc)
+    return docs, probabilities
+
+
+def best_overlap(ent: Span, others: Sequence[Span]) -> Span | None:
+    """The one of the others that shares most tokens with the entity, the same label first; None if none shares any."""
+    shared = {other: min(ent.end, other.end) - max(ent.start, other.start) for other in others}
+    overlapping = [other for other in others if shared[other] > 0]
+    return max(overlapping, key=lambda other: (shared[other], other.label == ent.label), default=None)
+
+
+def find_errors(gold: Sequence[Doc], predicted: Sequence[Doc], probabilities: Sequence[list[float]]) -> Iterator[Error]:
+    """Every error once, sentence by sentence."""
+    for gold_doc, doc, doc_probabilities in zip(gold, predicted, probabilities, strict=True):
+        probability = dict(zip(doc.ents, doc_probabilities, strict=True))
+        paired = set()
+        for ent in gold_doc.ents:
+            other = best_overlap(ent, doc.ents)
+            if other is not None:
+                paired.add(other)
+            if other is None or _key(other) != _key(ent):
+                yield Error(gold_doc, doc, ent, other, probability.get(other))
+        for ent in doc.ents:
+            if ent not in paired:
+                yield Error(gold_doc, doc, None, ent, probability[ent])
+
+
+def _key(ent: Span) -> tuple[int, int, str]:
+    return ent.start, ent.end, ent.label_
+
+
+def score(pairs: Sequence[tuple[Doc, Doc]], label: str | None = None) -> PRFScore:
+    """Strict precision, recall and F1 of all entities, or of those of one label."""
+    total = PRFScore()
+    for gold_doc, doc in pairs:
+        found, expected = ({_key(e) for e in d.ents if label in (None, e.label_)} for d in (doc, gold_doc))
+        total.score_set(found, expected)
+    return total
+
+
+def type_rows(pairs: Sequence[tuple[Doc, Doc]], labels: Sequence[str]) -> list[list[str]]:
+    """Counts and percentages for each label and for all."""
+    rows = []
+    for label in (*labels, None):
+        s = score(pairs, label)
+        figures = [f"{value * 100:.2f}" for value in (s.precision, s.recall, s.fscore)]
+        rows.append([label or "all", f"{s.tp + s.fn}", f"{s.tp + s.fp}", f"{s.tp}", *figures])
+    return rows
+
+
+def length_scores(pairs: Sequence[tuple[Doc, Doc]]) -> list[tuple[str, int, float]]:
+    """(tokens, gold entities, F1 as a fraction) of the sentences of each range of lengths that has an entity."""
+    rows = []
+    for low, high in LENGTHS:
+        of_length = [pair for pair in pairs if low <= len(pair[0]) and (high is None or len(pair[0]) <= high)]
+        s = score(of_length)
+        if s.tp + s.fn:
+            rows.append((f"{low}–{high}" if high else f"{low} and more", s.tp + s.fn, s.fscore))
+    return rows
+
+
+def confusion(pairs: Sequence[tuple[Doc, Doc]], labels: Sequence[str]) -> dict[str, Any]:
+    """How often an entity of one type was taken for one of another or for none."""
+    names = [*labels, "nothing"]
+    counts: Counter[tuple[str, str]] = Counter()
+    for gold_doc, doc in pairs:
+        for ent in gold_doc.ents:
+            other = best_overlap(ent, doc.ents)
+            counts[ent.label_, other.label_ if other is not None else "nothing"] += 1
+        for ent in doc.ents:
+            if best_overlap(ent, gold_doc.ents) is None:
+                counts["nothing", ent.label_] += 1
+    rows = []
+    for name in names:
+        total = max(sum(counts[name, other] for other in names), 1)
+        cells = [{"count": counts[name, other], "shade": counts[name, other] / total * 0.6} for other in names]
+        rows.append((name, cells))
+    return {"columns": names, "rows": rows}
+
+
+def boundaries(pairs: Sequence[tuple[Doc, Doc]], labels: Sequence[str]) -> dict[str, Any]:
+    """How the boundaries of predictions lie, where a prediction of the same type overlaps the gold entity."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for gold_doc, doc in pairs:
+        for ent in gold_doc.ents:
+            other = best_overlap(ent, [e for e in doc.ents if e.label == ent.label])
+            if other is not None:
+                counts[ent.label_, _boundary(ent, other)] += 1
+    return {"columns": BOUNDARIES, "rows": [(label, [counts[label, kind] for kind in BOUNDARIES]) for label in labels]}
+
+
+def _boundary(gold: Span, predicted: Span) -> str:
+    if (gold.start, gold.end) == (predicted.start, predicted.end):
+        return "exact"
+    if gold.start <= predicted.start and predicted.end <= gold.end:
+        return "too short"
+    if predicted.start <= gold.start and gold.end <= predicted.end:
+        return "too long"
+    return "shifted"
+
+
+def svg(figure: Figure) -> Markup:
+    """The figure as an element of an HTML page, its text in the page's font."""
+    with io.StringIO() as stream, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+        matplotlib.pyplot.close(figure)
+        text = stream.getvalue()
+    return Markup(text[text.index("<svg") :])
+
+
+def plot_lengths(rows: Sequence[tuple[str, int, float]]) -> Figure:
+    """Bars of F1 by the sentence's length."""
+    figure, axes = matplotlib.pyplot.subplots(figsize=(5, 3.2), layout="constrained")
+    bars = axes.bar([row[0] for row in rows], [row[2] for row in rows], color="tab:green")
+    axes.bar_label(bars, [f"{f1 * 100:.1f}\n{count} entities" for _, count, f1 in rows], fontsize=8)
+    axes.set(xlabel="tokens in the sentence", ylabel="F1", ylim=(0, 1.2), yticks=[0, 0.25, 0.5, 0.75, 1])
+    return figure
+
+
+def render_error(error: Error, heading: str) -> dict[str, Any]:
+    """The sentence as displaCy shows it, gold and predicted."""
+    options = {"colors": COLORS}
+    sides = {
+        side: Markup(displacy.render(doc, style="ent", options=options, page=False, jupyter=False))
+        if doc.ents
+        else Markup('<div class="entities">{}</div>').format(doc.text)
+        for side, doc in (("gold", error.gold_doc), ("predicted", error.predicted_doc))
+    }
+    return {"heading": heading, **sides}
+
+
+def make_report(
+    gold: Sequence[Doc],
+    predicted: Sequence[Doc],
+    probabilities: Sequence[list[float]],
+    training: list[dict[str, Any]],
+    name: str,
+) -> str:
+    """The report as HTML. training: the rows of metrics/training.jsonl."""
+    pairs = list(zip(gold, predicted, strict=True))
+    labels = sorted({ent.label_ for pair in pairs for doc in pair for ent in doc.ents})
+    errors = list(find_errors(gold, predicted, probabilities))
+    counts = Counter(error.kind for error in errors)
+    first = {error.kind: error for error in reversed(errors)}
+    frequent = [
+        render_error(first[kind], f"{count} ×: {kind[0]} → {kind[1]}") for kind, count in counts.most_common(MOST)
+    ]
+    wrong = sorted((e for e in errors if e.probability is not None), key=lambda error: -error.probability)[:MOST]
+    confident = [render_error(e, f"{e.probability * 100:.1f} %: {e.kind[0]} → {e.kind[1]}") for e in wrong]
+    total = score(pairs)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf8")).render(
+        title=f"{name}: what it gets right and wrong",
+        summary=(
+            f"{len(pairs)} test sentences with {total.tp + total.fn} entities, on gold tokens: precision "
+            f"{total.precision * 100:.2f}, recall {total.recall * 100:.2f}, F1 {total.fscore * 100:.2f}. An entity is "
+            f"right if its first and last token and its type are. {len(errors)} errors."
+        ),
+        charts={"training": svg(plot_training(training)), "lengths": svg(plot_lengths(length_scores(pairs)))},
+        types=type_rows(pairs, labels),
+        confusion=confusion(pairs, labels),
+        boundaries=boundaries(pairs, labels),
+        lists=[
+            (
+                "Most frequent errors",
+                "The same words taken for the same thing, with one sentence as an example.",
+                frequent,
+            ),
+            (
+                "Most confident errors",
+                "Predicted entities that are wrong, by the probability that the model gives them. Many of these are "
+                "the data's own errors.",
+                confident,
+            ),
+        ],
+    )
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Trained pipeline", show_default=False)],
+    corpus: Annotated[Path, typer.Argument(help="Gold sentences (.spacy)", show_default=False)],
+    training: Annotated[Path, typer.Option(help="The training's table")] = Path("metrics/training.jsonl"),
+    output: Annotated[Path, typer.Option(help="Where the report goes")] = Path("metrics/report.html"),
+    name: Annotated[str, typer.Option(help="What the report calls the pipeline")] = "it_panx_xlmr",
+    gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")] = -1,
+) -> None:
+    """Write an HTML report of a pipeline's errors on the test sentences."""
+    with one_sentence():
+        if gpu_id >= 0:
+            spacy.require_gpu(gpu_id)
+        for path in (training, corpus):
+            if not path.is_file():
+                raise UserError(f"{path}: not there; run `spacy project run all`, which makes it.")
+        rows = list(srsly.read_jsonl(training))
+        nlp = spacy.load(model)
+        gold = [example.reference for example in Corpus(corpus, gold_preproc=True)(nlp)]
+        if not any(doc.ents for doc in gold):
+            raise UserError(f"{corpus}: no entity in it to compare with; give sentences with gold entities.")
+        predicted, probabilities = predict(nlp, gold)
+        with replacing(output) as path:
+            path.write_text(make_report(gold, predicted, probabilities, rows, name), encoding="utf8")
+        msg.good(f"{output}: {len(gold)} sentences; open it in a browser")
+
+
+if __name__ == "__main__":
+    typer.run(main)

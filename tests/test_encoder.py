@@ -1,0 +1,183 @@
+import numpy
+import pytest
+import spacy
+import torch
+from spacy.tokens import Doc
+from spacy.training import Example
+from thinc.api import Optimizer
+from transformers import AutoModel, AutoTokenizer
+
+import encoder
+import token_ner  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def nlp(tiny_encoder):
+    return pipeline(tiny_encoder)
+
+
+def pipeline(folder, architecture="panx_xlmr.TransformerModel.v1", **settings):
+    nlp = spacy.blank("it")
+    model = {"@architectures": architecture, "name": str(folder), "tokenizer_config": {"use_fast": True}} | settings
+    if architecture.startswith("panx"):
+        model |= {"mixed_precision": False, "transformer_config": {}}
+    nlp.add_pipe("transformer", config={"model": model})
+    nlp.add_pipe("token_ner", name="ner")
+    nlp.initialize(lambda: [annotated(nlp)])
+    return nlp
+
+
+def annotated(nlp):
+    words = ["Anna", "Neri", "vive", "a", "Bari"]
+    return Example(Doc(nlp.vocab, words=words), Doc(nlp.vocab, words=words, ents=["B-PER", "I-PER", "O", "O", "B-LOC"]))
+
+
+def vectors(nlp, texts):
+    """Each text's wordpiece vectors, the first special token's before them."""
+    docs = nlp.get_pipe("transformer").pipe([nlp.make_doc(text) for text in texts])
+    return [doc._.trf_data.model_output.last_hidden_state[0] for doc in docs]
+
+
+def test_vectors_are_the_transformers_own_whatever_else_is_in_the_batch(nlp, sample, tiny_encoder):
+    texts = [" ".join(sentence.words) for sentence in sample["train"][:40]]
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_encoder), AutoModel.from_pretrained(tiny_encoder).eval()
+    for text, found in zip(texts, vectors(nlp, texts), strict=True):
+        with torch.no_grad():
+            expected = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, :-1]
+        assert found == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def token_pieces(nlp, doc):
+    """The wordpieces that each token of a Doc aligns with."""
+    data = nlp.get_pipe("transformer")(doc)._.trf_data
+    (pieces,) = data.wordpieces.strings
+    rows = numpy.split(data.align.dataXd, numpy.cumsum(data.align.lengths)[:-1])
+    return [[pieces[row].replace("▁", "") for row in token] for token in rows]
+
+
+@pytest.mark.parametrize(
+    "words", [["dell'Italia", "oggi"], ["dell'", "Italia", "oggi"], ["d", "ell'It", "alia", "oggi"]]
+)
+def test_a_token_aligns_with_the_wordpieces_that_hold_its_characters(nlp, words):
+    spaces = [False] * (len(words) - 2) + [True, False]
+    doc = Doc(nlp.vocab, words=words, spaces=spaces)
+    for word, pieces in zip(words, token_pieces(nlp, doc), strict=True):
+        joined = "".join(pieces)
+        assert word in joined
+        assert joined in doc.text.replace(" ", "")
+
+
+@pytest.mark.parametrize("nothing", ["\u200b", "\n", "  ", "\ufeff"])
+def test_a_token_without_a_wordpiece_aligns_with_the_first_special_token(nlp, nothing):
+    assert token_pieces(nlp, Doc(nlp.vocab, words=["Bari", nothing, "oggi"]))[1] == ["<s>"]
+
+
+def test_texts_of_nothing_but_white_space_and_empty_ones_pass(nlp):
+    assert [len(doc) for doc in nlp.pipe(["", " \n ", "\u200b", "Bari"])] == [0, 1, 1, 1]
+
+
+def test_a_word_longer_than_the_transformer_takes_passes(nlp):
+    text = "Bari " + "0" * 20000 + " e " + "è" * 3000
+    (found,) = vectors(nlp, [text])
+    assert len(found) > 10000
+    assert numpy.isfinite(found).all()
+
+
+@pytest.mark.parametrize("length", [0, 1, 125, 126, 127, 220, 221, 1000])
+def test_each_wordpiece_gets_its_vector_from_the_window_that_shows_most_around_it(length):
+    windows = list(encoder.window_bounds(length))
+    assert [i for _, _, first, last in windows for i in range(first, last)] == list(range(length))
+
+    def context(i, window):
+        # what the text's own beginning and end leave out is no loss
+        start, end, _, _ = window
+        return min(i - start if start else length, end - 1 - i if end < length else length)
+
+    for window in windows:
+        assert window[1] - window[0] <= encoder.WINDOW
+        for i in range(window[2], window[3]):
+            assert context(i, window) >= max(context(i, other) for other in windows if other[0] <= i < other[1]) - 1
+
+
+def test_a_long_text_is_its_windows(nlp, sample):
+    text = " ".join(" ".join(sentence.words) for sentence in sample["train"][:100])
+    (whole,) = vectors(nlp, [text])
+    ids = nlp.get_pipe("transformer")(nlp.make_doc(text))._.trf_data.wordpieces.input_ids[0, 1:].tolist()
+    transformer = nlp.get_pipe("transformer").model.transformer.eval()
+    bounds = list(encoder.window_bounds(len(ids)))
+    assert len(bounds) > 10
+    for start, end, first, last in bounds[3:5]:
+        with torch.no_grad():
+            alone = transformer(torch.tensor([[0, *ids[start:end], 2]])).last_hidden_state[0, 1:-1].numpy()
+        assert whole[1 + first : 1 + last] == pytest.approx(alone[first - start : last - start], abs=1e-5)
+
+
+def test_like_lengths_run_together_and_no_group_is_too_large():
+    windows = [encoder.Window([0] * length, 0, 0, 0) for length in (3, 90, 5, 4, 91, 3, 300)]
+    groups = [[len(window.ids) for window in group] for group in encoder.grouped_by_length(windows, 200)]
+    assert groups == [[3, 3, 4, 5], [90, 91], [300]]
+
+
+class Recorder(Optimizer):
+    """thinc's optimizer, which keeps what gradients it was given."""
+
+    def __call__(self, key, weights, gradient, *, lr_scale=1.0):
+        self.gradients = getattr(self, "gradients", {}) | {key[1]: numpy.array(gradient)}
+        return super().__call__(key, weights, gradient, lr_scale=lr_scale)
+
+
+def test_gradients_are_those_of_spacy_transformers_own_layer(nlp, tiny_encoder):
+    stock = pipeline(
+        tiny_encoder,
+        "spacy-transformers.TransformerModel.v3",
+        get_spans={"@span_getters": "spacy-transformers.doc_spans.v1"},
+    )
+    ours = pipeline(tiny_encoder)
+    for layer in ("output_layer", "transitions"):
+        for name in ours.get_pipe("ner").model.get_ref(layer).param_names:
+            weights = ours.get_pipe("ner").model.get_ref(layer).get_param(name)
+            stock.get_pipe("ner").model.get_ref(layer).set_param(name, weights.copy())
+    recorded = []
+    for pipe in (stock, ours):
+        for module in pipe.get_pipe("transformer").model.transformer.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        for layer in pipe.get_pipe("transformer").model.transformer.encoder.layer:
+            layer.attention.self.dropout_prob = 0.0
+        optimizer = Recorder(0.001)
+        pipe.update([annotated(pipe), annotated(pipe)], sgd=optimizer, drop=0.0)
+        recorded.append(optimizer.gradients)
+    expected, found = recorded
+    assert set(found) == set(expected)
+    for name in expected:
+        assert found[name] == pytest.approx(expected[name], abs=1e-5), name
+
+
+def test_prediction_leaves_the_transformer_without_dropout(nlp):
+    first, second = vectors(nlp, ["Anna vive a Bari."] * 2)
+    assert numpy.array_equal(first, second)
+    assert not nlp.get_pipe("transformer").model.transformer.training
+
+
+@pytest.mark.parametrize("way", ["disk", "bytes", "copy"])
+def test_saved_loaded_and_copied_it_gives_the_same_vectors(nlp, tmp_path, way):
+    (before,) = vectors(nlp, ["Anna vive a Bari."])
+    if way == "disk":
+        nlp.to_disk(tmp_path)
+        other = spacy.load(tmp_path)
+    else:
+        other = spacy.blank("it")
+        config = {key: value for key, value in nlp.get_pipe_config("transformer").items() if key != "factory"}
+        other.add_pipe("transformer", config=config)
+        if way == "bytes":
+            other.get_pipe("transformer").from_bytes(nlp.get_pipe("transformer").to_bytes())
+        else:
+            other.get_pipe("transformer").model = nlp.get_pipe("transformer").model.copy()
+    assert numpy.array_equal(vectors(other, ["Anna vive a Bari."])[0], before)
+
+
+def test_a_tokenizer_that_gives_no_positions_is_refused(tiny_encoder):
+    nlp = spacy.blank("it")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, use_fast=False)
+    with pytest.raises(ValueError, match="no fast tokenizer.*tokenizer.json"):
+        encoder.wordpiece_windows(tokenizer, [nlp.make_doc("Bari")])

@@ -1,0 +1,115 @@
+import re
+
+import pytest
+import spacy
+from spacy.tokens import Doc
+
+import report
+
+WORDS = ["Anna", "Neri", "lavora", "alla", "Banca", "Rossi", "di", "Bari", "oggi"]
+VOCAB = spacy.blank("it").vocab
+TRAINING = [
+    {"step": step, "training_loss": 1 / step, "validation_loss": 2 / step, "ents_f": step / 10} for step in (1, 2, 3)
+]
+
+
+def sentence(*ents, words=WORDS):
+    """A sentence with entities given as (first token, token after the last, label)."""
+    doc = Doc(VOCAB, words=words)
+    doc.ents = [doc.char_span(doc[a].idx, doc[b - 1].idx + len(doc[b - 1]), label=label) for a, b, label in ents]
+    return doc
+
+
+GOLD = sentence((0, 2, "PER"), (4, 6, "ORG"), (7, 8, "LOC"))
+PREDICTED = sentence((0, 2, "PER"), (4, 5, "LOC"), (6, 9, "LOC"))
+PROBABILITIES = [0.9, 0.6, 0.8]
+
+
+def errors_of(gold, predicted, probabilities=None):
+    errors = report.find_errors([gold], [predicted], [probabilities or [0.5] * len(predicted.ents)])
+    return [(e.kind, e.probability) for e in errors]
+
+
+def test_each_error_is_told_once_with_what_stands_there_instead():
+    assert errors_of(GOLD, PREDICTED, PROBABILITIES) == [
+        (("ORG “Banca Rossi”", "LOC “Banca”"), 0.6),
+        (("LOC “Bari”", "LOC “di Bari oggi”"), 0.8),
+    ]
+    assert errors_of(sentence(), sentence((0, 1, "PER"))) == [(("nothing", "PER “Anna”"), 0.5)]
+    assert errors_of(sentence((0, 1, "PER")), sentence()) == [(("PER “Anna”", "nothing"), None)]
+    assert errors_of(GOLD, GOLD) == []
+
+
+def test_types_are_scored_strictly():
+    rows = report.type_rows([(GOLD, PREDICTED)], ["LOC", "ORG", "PER"])
+    assert rows[0][:4] == ["LOC", "1", "2", "0"]
+    assert rows[2] == ["PER", "1", "1", "1", "100.00", "100.00", "100.00"]
+    assert rows[3] == ["all", "3", "3", "1", "33.33", "33.33", "33.33"]
+
+
+def test_confusion_counts_what_was_taken_for_what():
+    spurious = sentence((2, 3, "ORG"))
+    table = report.confusion([(GOLD, PREDICTED), (sentence(), spurious)], ["LOC", "ORG", "PER"])
+    counts = {name: [cell["count"] for cell in row] for name, row in table["rows"]}
+    assert table["columns"] == ["LOC", "ORG", "PER", "nothing"]
+    assert counts == {"LOC": [1, 0, 0, 0], "ORG": [1, 0, 0, 0], "PER": [0, 0, 1, 0], "nothing": [0, 1, 0, 0]}
+
+
+@pytest.mark.parametrize(
+    ("predicted", "kind"),
+    [((4, 6), "exact"), ((4, 5), "too short"), ((3, 7), "too long"), ((5, 7), "shifted")],
+)
+def test_boundaries_are_compared_where_the_type_is_the_same(predicted, kind):
+    pairs = [(sentence((4, 6, "ORG")), sentence((*predicted, "ORG")))]
+    ((_, counts),) = report.boundaries(pairs, ["ORG"])["rows"]
+    assert dict(zip(report.BOUNDARIES, counts, strict=True)) == dict.fromkeys(report.BOUNDARIES, 0) | {kind: 1}
+
+
+def test_lengths_have_the_f1_of_their_sentences():
+    short = sentence((0, 1, "LOC"), words=["Bari"])
+    assert report.length_scores([(GOLD, PREDICTED), (short, short)]) == [
+        ("1–3", 1, 1.0),
+        ("7–12", 3, pytest.approx(1 / 3)),
+    ]
+
+
+@pytest.fixture
+def html():
+    words = ["<script>alert(1)</script>", "&", "Bari"]
+    hostile = sentence((0, 1, "ORG"), words=words), sentence((2, 3, "LOC"), words=words)
+    gold, predicted = [GOLD, hostile[0]], [PREDICTED, hostile[1]]
+    return report.make_report(gold, predicted, [PROBABILITIES, [0.99]], TRAINING, "it_test")
+
+
+def test_the_report_asks_for_nothing_from_elsewhere(html):
+    assert not re.search(
+        r"""(src|href)\s*=\s*["']?(https?:|//)|@import|url\(\s*["']?http|<script|<link|<iframe""", html
+    )
+
+
+def test_what_the_sentences_hold_is_text_and_not_markup(html):
+    assert "alert(1)" in html
+    assert "&lt;script&gt;" in html
+
+
+def test_the_most_confident_error_comes_first_and_both_sides_are_shown(html):
+    confident = html[html.index("Most confident errors") :]
+    assert re.findall(r"<h3>([\d.]+) %", confident) == ["99.0", "80.0", "60.0"]
+    assert confident.count("<span>gold</span>") == confident.count("<span>predicted</span>") == 3
+    assert "<mark" in confident
+
+
+def test_the_report_has_the_curve_and_the_figures(html):
+    assert html.count("<svg") == 2
+    assert "3 test sentences" not in html
+    assert "2 test sentences with 4 entities" in html
+
+
+def test_the_same_predictions_give_the_same_bytes():
+    reports = {report.make_report([GOLD], [PREDICTED], [PROBABILITIES], TRAINING, "it_test") for _ in range(2)}
+    assert len(reports) == 1
+
+
+def test_a_missing_table_is_one_sentence(refused, tmp_path):
+    output = refused(report, "it_test", tmp_path / "test.spacy", "--training", tmp_path / "training.jsonl")
+    assert "training.jsonl: not there" in output
