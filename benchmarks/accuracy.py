@@ -7,7 +7,7 @@ trains on those sentences of PAN-X.it and prints as its last line JSON with the 
 validation sentences, `test_f1` on the test sentences. The project's own runs are `spacy train` and `spacy evaluate`
 with project.yml's vars.
 
-Each run's figures go to metrics/accuracy.jsonl as soon as it ends. A run that is there already, of the same code,
+Each run's figures go to benchmarks/accuracy.jsonl as soon as it ends. A run that is there already, of the same code,
 encoder and sentences, is not repeated, so that an interrupted comparison goes on where it was. At the end both tables
 are printed as Markdown.
 """
@@ -31,13 +31,20 @@ from wasabi import msg
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE, PROJECT = "reference", "this project"
 SIZES = {"train": 1680, "validation": 840, "test": 840}
+# the scripts that a run's figures depend on
+DECISIVE = ("panx", "spacing", "convert", "configure", "encoder", "token_ner", "training")
+VARS = ("learning_rate", "top_learning_rate_scale", "head_learning_rate_scale", "batch_size", "epochs")
 # what a run without the choice is given in its place, as `spacy train` takes it
 CHOICES = {
     "learned transitions between tags (CRF); without: each token's cross-entropy": {
         "components.ner.factory": "softmax_ner"
     },
     "head's rate × 60; without: × 1": {"training.optimizer.head_learning_rate_scale": 1},
-    "upper layers' rate; without: the embeddings'": {"training.optimizer.top_learning_rate_scale": 1},
+    "upper layers' rate up to × 2; without: × 1": {"training.optimizer.top_learning_rate_scale": 1},
+    "no dropout in the encoder; without: 0.1": {
+        "components.transformer.model.transformer_config.hidden_dropout_prob": 0.1,
+        "components.transformer.model.transformer_config.attention_probs_dropout_prob": 0.1,
+    },
     "trained on the finest tokens; without: on PAN-X's": {
         "corpora.train.augmenter.@augmenters": "panx_xlmr.PanxTokens.v1"
     },
@@ -174,17 +181,19 @@ def main(
     seed: Annotated[list[int], typer.Option(help="Seeds of both systems")] = [42, 1, 2, 3, 4],  # noqa: B006
     choice_seed: Annotated[list[int], typer.Option(help="Seeds of the runs without a choice")] = [42, 1, 2],  # noqa: B006
     jobs: Annotated[int, typer.Option(help="Runs at a time, which share the cores")] = 1,
-    output: Annotated[Path, typer.Option(help="Where the figures go")] = ROOT / "metrics" / "accuracy.jsonl",
+    output: Annotated[Path, typer.Option(help="Where the figures go")] = ROOT / "benchmarks" / "accuracy.jsonl",
 ) -> None:
     """Compare the project with a reference, and with itself without each of its choices."""
     output.parent.mkdir(parents=True, exist_ok=True)
     runs = Runs(output)
     work = ROOT / "build" / "accuracy"
-    sources = [*(ROOT / "scripts").glob("*.py"), ROOT / "configs" / "xlmr.cfg", ROOT / "project.yml"]
+    sources = [*(ROOT / "scripts" / f"{name}.py" for name in DECISIVE), ROOT / "configs" / "xlmr.cfg"]
+    variables = srsly.read_yaml(ROOT / "project.yml")["vars"]
     same = {
         "sentences": digest(data.glob("*.tsv")),
         "encoder": digest(encoder.glob("*.safetensors")),
         **SIZES,
+        **{name: variables[name] for name in VARS},
     }
     code = {REFERENCE: digest([recipe]), PROJECT: digest([*sources, ROOT / "benchmarks" / "ablations.py"])}
     wanted = [(system, number) for number in seed for system in (REFERENCE, PROJECT)]

@@ -118,7 +118,7 @@ def length_scores(pairs: Sequence[tuple[Doc, Doc]]) -> list[tuple[str, int, floa
         of_length = [pair for pair in pairs if low <= len(pair[0]) and (high is None or len(pair[0]) <= high)]
         s = score(of_length)
         if s.tp + s.fn:
-            rows.append((f"{low}–{high}" if high else f"{low} and more", s.tp + s.fn, s.fscore))
+            rows.append((f"{low}–{high}" if high else f"{low}+", s.tp + s.fn, s.fscore))
     return rows
 
 
@@ -173,10 +173,12 @@ def svg(figure: Figure) -> Markup:
 
 def plot_lengths(rows: Sequence[tuple[str, int, float]]) -> Figure:
     """Bars of F1 by the sentence's length."""
-    figure, axes = matplotlib.pyplot.subplots(figsize=(5, 3.2), layout="constrained")
+    figure, axes = matplotlib.pyplot.subplots(figsize=(4.2, 3.2), layout="constrained")
     bars = axes.bar([row[0] for row in rows], [row[2] for row in rows], color="tab:green")
-    axes.bar_label(bars, [f"{f1 * 100:.1f}\n{count} entities" for _, count, f1 in rows], fontsize=8)
-    axes.set(xlabel="tokens in the sentence", ylabel="F1", ylim=(0, 1.2), yticks=[0, 0.25, 0.5, 0.75, 1])
+    axes.bar_label(bars, [f"{f1 * 100:.1f}\n({count})" for _, count, f1 in rows])
+    axes.set(
+        xlabel="tokens in the sentence", ylabel="F1 (gold entities)", ylim=(0, 1.2), yticks=[0, 0.25, 0.5, 0.75, 1]
+    )
     return figure
 
 

@@ -12,7 +12,7 @@ import torch
 from spacy import registry
 from spacy.language import Language
 from spacy.pipeline import TrainablePipe
-from spacy.tokens import Doc, Span
+from spacy.tokens import Doc, Span, Token
 from spacy.training import Example, biluo_to_iob, validate_examples, validate_get_examples
 from spacy.vocab import Vocab
 from thinc.api import Config, Dropout, Linear, Model, Ops, chain, torch2xp, with_array, xp2torch
@@ -21,6 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 OUTSIDE = 0  # tag ids: O is 0, then come B and I of each label in turn
 MASKED = -1  # stands for the tag of a token that is not annotated or cannot be aligned
+APOSTROPHES = frozenset("'’")
+QUOTES = APOSTROPHES | frozenset('"`‘“”«»')
+PUNCTUATION = QUOTES | frozenset("()[]{},;:.!?%…¿¡")
 IMPOSSIBLE = -1e4  # the score of what may not be: finite, so that no gradient becomes nan
 
 DEFAULT_MODEL = """
@@ -207,17 +210,17 @@ class TokenNer(TrainablePipe):
         """Decodes each Doc's scores and sets its entities."""
         docs = list(docs)
         to_numpy = self.model.ops.to_numpy
-        sequences = [list(_sequences(doc)) for doc in docs]
+        sequences = [list(tag_sequences(doc)) for doc in docs]
         emissions = [
-            to_numpy(doc_scores)[tokens]
+            to_numpy(doc_scores)[[start for start, _ in units]]
             for doc_scores, doc_sequences in zip(scores.emissions, sequences, strict=True)
-            for tokens in doc_sequences
+            for units in doc_sequences
         ]
         decoded = iter(decode_iob2(emissions, to_numpy(scores.transitions), to_numpy(scores.start)))
         for doc, doc_sequences in zip(docs, sequences, strict=True):
             found = [
-                Span(doc, tokens[first], tokens[last - 1] + 1, label=self.labels[label])
-                for tokens in doc_sequences
+                Span(doc, units[first][0], units[last - 1][1], label=self.labels[label])
+                for units in doc_sequences
                 for first, last, label in _entities(next(decoded))
             ]
             doc.set_ents([*doc.ents, *found], blocked=_blocked(doc))
@@ -234,33 +237,38 @@ class TokenNer(TrainablePipe):
         labels = {label: i for i, label in enumerate(self.labels)}
         unset = Doc(doc.vocab, words=[t.text for t in doc], spaces=[bool(t.whitespace_) for t in doc])
         found = {}
-        for tokens in _sequences(unset):
-            place = {token: i for i, token in enumerate(tokens)}
+        for units in tag_sequences(unset):
+            starts, ends = ({unit[side]: i for i, unit in enumerate(units)} for side in (0, 1))
             wanted = [
-                (ent.start, place[ent.start], place[ent.end - 1] + 1, labels[ent.label_])
+                (ent.start, starts[ent.start], ends[ent.end] + 1, labels[ent.label_])
                 for ent in doc.ents
-                if ent.label_ in labels and ent.start in place and ent.end - 1 in place
+                if ent.label_ in labels and ent.start in starts and ent.end in ends
             ]
-            probabilities = segment_probabilities(emissions[tokens], transitions, start, [w[1:] for w in wanted])
+            rows = emissions[[start for start, _ in units]]
+            probabilities = segment_probabilities(rows, transitions, start, [w[1:] for w in wanted])
             found |= {w[0]: probability for w, probability in zip(wanted, probabilities, strict=True)}
         return [found.get(ent.start, 0.0) for ent in doc.ents]
 
     def get_loss(self, examples: Iterable[Example], scores: TagScores) -> tuple[float, TagScores]:
-        """The negative log-likelihood, in nats, of the gold tags, divided by the number of tokens that have one, and
-        its gradient.
+        """The negative log-likelihood, in nats, of the gold tags, divided by the number of them, and its gradient.
 
-        Tokens whose annotation is missing, or that cannot be aligned with the gold tokens, may have any tag
-        (Tsuboi et al. 2008). Raises ValueError for a gold label that the pipe does not know.
+        Where the annotation is missing, or cannot be aligned with the gold tokens, any tag will do (Tsuboi et al.
+        2008). Raises ValueError for a gold label that the pipe does not know.
         """
         validate_examples(examples, "TokenNer.get_loss")
-        gold = [self.gold_tags(example) for example in examples]
-        lengths = [len(tags) for tags in gold]
+        lengths = [len(doc_scores) for doc_scores in scores.emissions]
+        rows, gold = [], []
+        for example, end in zip(examples, numpy.cumsum(lengths), strict=True):
+            tags = self.gold_tags(example)
+            for units in tag_sequences(example.predicted):
+                rows.append([int(end) - len(tags) + start for start, _ in units])
+                gold.append([_unit_tag(tags[start:stop]) for start, stop in units])
         emissions, transitions, start = leaves = [
             xp2torch(scores, requires_grad=True)
             for scores in (self.model.ops.xp.concatenate(scores.emissions), scores.transitions, scores.start)
         ]
         count = sum(tag != MASKED for tags in gold for tag in tags)
-        loss = negative_log_likelihood(emissions.split(lengths), transitions, start, gold) / max(count, 1)
+        loss = negative_log_likelihood([emissions[r] for r in rows], transitions, start, gold) / max(count, 1)
         gradients = [torch2xp(g) for g in torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
         by_doc = self.model.ops.unflatten(gradients[0], numpy.array(lengths, dtype="int32"))
         return float(loss.detach()), TagScores(by_doc, *gradients[1:])
@@ -396,20 +404,45 @@ def _entities(tags: Sequence[int]) -> Iterator[tuple[int, int, int]]:
             start = end
 
 
-def _sequences(doc: Doc) -> Iterator[list[int]]:
-    """The tokens that get tags, by number: those between entities and blocked tokens that are set already, without
-    white space, and cut at every empty line.
+def tag_sequences(doc: Doc) -> Iterator[list[tuple[int, int]]]:
+    """The sequences of what gets a tag: (first token, token after the last) of each word as PAN-X has it.
+
+    Left out are white space and what is an entity or blocked already; a sequence ends there, and at every empty line.
     """
-    sequence: list[int] = []
+    units: list[tuple[int, int]] = []
     for token in doc:
         if token.ent_iob in (1, 3) or (token.is_space and token.text.count("\n") > 1):
-            if sequence:
-                yield sequence
-            sequence = []
+            if units:
+                yield units
+            units = []
+        elif units and units[-1][1] == token.i and _is_one_word(doc[token.i - 1], token):
+            units[-1] = units[-1][0], token.i + 1
         elif not token.is_space:
-            sequence.append(token.i)
-    if sequence:
-        yield sequence
+            units.append((token.i, token.i + 1))
+    if units:
+        yield units
+
+
+def _is_one_word(left: Token, right: Token) -> bool:
+    """Whether PAN-X has adjacent tokens of spaCy's as one: it cuts at white space and at the punctuation around a word,
+    but not at an elision (`dell'Italia`), a hyphen or another sign inside it, and not before an initial's period.
+    """
+    if left.whitespace_:
+        return False
+    last, first = left.text[-1], right.text[0]
+    if last in APOSTROPHES and len(left) > 1 and left.text[-2].isalnum():
+        return first.isalnum()
+    if right.text == "." and len(left) == 1 and last.isalpha():
+        # at the end of a text it is the sentence's
+        return any(not token.is_space for token in right.doc[right.i + 1 : right.i + 3])
+    if last in QUOTES and first in QUOTES:
+        return QUOTES.issuperset(left.text + right.text)
+    return last not in PUNCTUATION and first not in PUNCTUATION
+
+
+def _unit_tag(tags: Sequence[int]) -> int:
+    """The tag of a word from its tokens': missing if one is, else the first that is not O."""
+    return MASKED if MASKED in tags else next((tag for tag in tags if tag != OUTSIDE), OUTSIDE)
 
 
 def _blocked(doc: Doc) -> list[Span]:

@@ -340,7 +340,7 @@ def validation_loss(nlp: Language, examples: Iterable[Example], batch_size: int 
 def plot_training(rows: list[dict[str, Any]]) -> Figure:
     """Both losses (nats a token), and F1 on the validation sentences, against the step."""
     steps = [row["step"] for row in rows]
-    figure, (losses, score) = matplotlib.pyplot.subplots(2, 1, figsize=(5, 6), layout="constrained")
+    figure, (losses, score) = matplotlib.pyplot.subplots(2, 1, figsize=(4.2, 5.5), layout="constrained")
     losses.plot(steps, [row["training_loss"] for row in rows], marker="o", label="training")
     losses.plot(steps, [row["validation_loss"] for row in rows], marker="o", label="validation")
     losses.set(title="Negative log-likelihood a token", xlabel="step", ylabel="nats", ylim=(0, None))

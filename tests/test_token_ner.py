@@ -14,7 +14,15 @@ from spacy.tokens import Doc, Span
 from spacy.training import Example
 from thinc.api import Model
 
-from token_ner import MASKED, TagScores, TokenNer, crf_token_classifier, decode_iob2, negative_log_likelihood
+from token_ner import (
+    MASKED,
+    TagScores,
+    TokenNer,
+    crf_token_classifier,
+    decode_iob2,
+    negative_log_likelihood,
+    tag_sequences,
+)
 
 TAGS = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
 WIDTH = 8
@@ -156,6 +164,64 @@ def test_no_entity_begins_or_ends_in_white_space_or_crosses_an_empty_line(nlp, w
     doc = Doc(nlp.vocab, words=words)
     ner.set_annotations([doc], tag_scores(ner, [doc], [tags]))
     assert [(ent.start, ent.end) for ent in doc.ents] == entities
+
+
+@pytest.mark.parametrize(
+    ("words", "units"),
+    [
+        ("nell'|Italia |centro|-|settentrionale", "nell'Italia |centro-settentrionale"),
+        ("Rod |Laver4|-|6", "Rod |Laver4-6"),
+        ("(|Bari|)|,", "(|Bari|)|,"),
+        ("'|Bari|' |e", "'|Bari|' |e"),
+        ("''|'|Bari|''|'", "'''|Bari|'''"),
+        ("Rjazan'|''", "Rjazan'|''"),
+        ("''|Bari|''|6|-|4", "''|Bari|''|6-4"),
+        ("F|. |Neri", "F. |Neri"),
+        ("Serie |B|.", "Serie |B|."),
+        ("Belgio|●|, |Bari", "Belgio●|, |Bari"),
+    ],
+)
+def test_what_panx_has_as_one_word_gets_one_tag(words, units):
+    parts = words.split("|")
+    doc = Doc(spacy.blank("it").vocab, words=[p.strip() for p in parts], spaces=[p.endswith(" ") for p in parts])
+    (sequence,) = tag_sequences(doc)
+    assert [doc[start:end].text for start, end in sequence] == [unit.strip() for unit in units.split("|")]
+
+
+@pytest.mark.parametrize(
+    ("tags", "entities"), [(["B-LOC", "I-LOC"], ["dell'Italia"]), (["O", "B-LOC"], ["dell'Italia"]), (["O", "O"], [])]
+)
+def test_a_word_of_several_tokens_is_learned_and_found_as_a_whole(nlp, tags, entities):
+    examples = [*trained(nlp, steps=0), example(nlp, ["dell'", "Italia", "oggi"], [*tags, "O"], [False, True, False])]
+    optimizer = nlp.resume_training()
+    optimizer.learn_rate = 0.1
+    for _ in range(60):
+        nlp.update(examples, sgd=optimizer)
+    doc = nlp(Doc(nlp.vocab, words=["dell'", "Italia", "oggi"], spaces=[False, True, False]))
+    assert [ent.text for ent in doc.ents] == entities
+
+
+def test_an_entitys_probability_is_its_share_of_all_valid_sequences(nlp):
+    trained(nlp, steps=2)
+    ner = nlp.get_pipe("ner")
+    doc = Doc(nlp.vocab, words=["Anna", "Neri", "vive", "a", "Bari"])
+    doc.ents = [Span(doc, 0, 2, label="PER"), Span(doc, 4, 5, label="LOC")]
+    scores = ner.predict([doc])
+    every = valid_sequences(5)
+    weights = [math.exp(total(scores.emissions[0], scores.transitions, scores.start, ids)) for ids in every]
+    tags = [[TAGS[i] for i in ids] for ids in every]
+    anna = [t[:2] == ["B-PER", "I-PER"] and t[2] != "I-PER" for t in tags]
+    bari = [t[4] == "B-LOC" for t in tags]
+    shares = [sum(w for w, there in zip(weights, mask, strict=True) if there) / sum(weights) for mask in (anna, bari)]
+    assert ner.entity_probabilities(doc, scores) == pytest.approx(shares, rel=1e-5)
+
+
+def test_an_entity_that_the_pipe_cannot_find_has_no_probability(nlp):
+    trained(nlp, steps=2)
+    ner = nlp.get_pipe("ner")
+    doc = Doc(nlp.vocab, words=["Anna", "Neri"])
+    doc.ents = [Span(doc, 0, 2, label="BRAND")]
+    assert ner.entity_probabilities(doc, ner.predict([doc])) == [0.0]
 
 
 def test_learns_and_sets_entities(nlp):
