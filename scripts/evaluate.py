@@ -1,5 +1,6 @@
 """What `spacy evaluate` does not measure: F1 from raw text, and seqeval's score of the same predictions."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,6 +51,15 @@ def score_seqeval(gold: Sequence[Doc], predicted: Sequence[Doc]) -> dict[str, An
     return {"ents_p": float(precision), "ents_r": float(recall), "ents_f": float(f1)}
 
 
+def weights_digest(model: Path) -> str:
+    """SHA-256 of a pipeline's weights, by which its figures are known to be its own."""
+    sha256 = hashlib.sha256()
+    for path in sorted(model.glob("*/model")):
+        with path.open("rb") as file:
+            sha256.update(hashlib.file_digest(file, "sha256").digest())
+    return sha256.hexdigest()
+
+
 def _iob2(doc: Doc) -> list[str]:
     return [f"{token.ent_iob_}-{token.ent_type_}" if token.ent_type_ else "O" for token in doc]
 
@@ -76,6 +86,8 @@ def main(
         gold = [example.reference for example in examples]
         predicted = list(nlp.pipe(example.predicted for example in examples))
         scores = {raw_text: score_raw_text(nlp, gold), seqeval: score_seqeval(gold, predicted)}
+        if Path(model).exists():
+            scores[raw_text]["weights"] = weights_digest(Path(model))
         for path, score in scores.items():
             with replacing(path) as temporary:
                 srsly.write_json(temporary, score)

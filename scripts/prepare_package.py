@@ -1,6 +1,5 @@
 """Makes of a trained pipeline what `spacy package` packs: a full meta.json, a config that needs no file of ours."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +11,9 @@ from spacy.util import load_config
 from thinc.api import Config
 from wasabi import msg
 
-from atomic import replacing
+from atomic import link_or_copy, replacing
 from errors import UserError, one_sentence
+from evaluate import weights_digest
 
 TRAINING_SECTIONS = ("paths", "system", "corpora", "training", "initialize")
 
@@ -77,7 +77,7 @@ def prepare_package(model: Path, output: Path, meta: dict[str, Any], encoder: st
     The weights are hard links where the file system has them, so that a large encoder is not stored twice.
     """
     with replacing(output) as folder:
-        shutil.copytree(model, folder, copy_function=_link_or_copy)
+        shutil.copytree(model, folder, copy_function=link_or_copy)
         config = inference_config(load_config(model / "config.cfg"), encoder)
         trained = srsly.read_json(model / "meta.json")
         # a link must not be written through: it is the trained pipeline's own file
@@ -85,13 +85,6 @@ def prepare_package(model: Path, output: Path, meta: dict[str, Any], encoder: st
             (folder / name).unlink()
         config.to_disk(folder / "config.cfg")
         srsly.write_json(folder / "meta.json", trained | meta)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copy2(source, target)
 
 
 def main(
@@ -107,6 +100,12 @@ def main(
     """Write a trained pipeline's metadata and make it independent of the project, for `spacy package`."""
     with one_sentence():
         origin = srsly.read_json(provenance)
+        raw_text = srsly.read_json(metrics / "raw_text.json")
+        if raw_text.get("weights") != weights_digest(model):
+            raise UserError(
+                f"{metrics / 'raw_text.json'}: the figures are of other weights than {model} has; run "
+                "`spacy project run evaluate` again."
+            )
         meta = make_meta(
             srsly.read_json(template),
             lang=lang,
@@ -114,7 +113,7 @@ def main(
             version=version,
             provenance=origin,
             test=srsly.read_json(metrics / "test.json"),
-            raw_text=srsly.read_json(metrics / "raw_text.json"),
+            raw_text=raw_text,
         )
         prepare_package(model, output, meta, origin["encoder"]["source"])
         msg.good(

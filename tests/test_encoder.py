@@ -176,6 +176,21 @@ def test_saved_loaded_and_copied_it_gives_the_same_vectors(nlp, tmp_path, way):
     assert numpy.array_equal(vectors(other, ["Anna vive a Bari."])[0], before)
 
 
+def test_weights_that_16_bits_hold_exactly_are_stored_in_them(tiny_encoder):
+    nlp = pipeline(tiny_encoder)
+    transformer = nlp.get_pipe("transformer")
+    whole = len(transformer.to_bytes())
+    for parameter in transformer.model.transformer.parameters():
+        parameter.data = parameter.data.half().float()
+    halved = transformer.to_bytes()
+    weights = sum(parameter.numel() for parameter in transformer.model.transformer.parameters())
+    assert whole - len(halved) == pytest.approx(2 * weights, rel=0.02)
+    (before,) = vectors(nlp, ["Anna vive a Bari."])
+    transformer.from_bytes(halved)
+    assert {p.dtype for p in transformer.model.transformer.parameters()} == {torch.float32}
+    assert numpy.array_equal(vectors(nlp, ["Anna vive a Bari."])[0], before)
+
+
 def test_a_tokenizer_that_gives_no_positions_is_refused(tiny_encoder):
     nlp = spacy.blank("it")
     tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, use_fast=False)

@@ -4,6 +4,7 @@ import srsly
 from spacy.schemas import ModelMetaSchema, validate
 from spacy.util import load_config
 
+import prepare_package as prepare_package_script
 from conftest import ROOT
 from errors import UserError
 from prepare_package import inference_config, make_meta, prepare_package
@@ -90,3 +91,17 @@ def test_the_trained_pipeline_stays_as_it_was(tmp_path):
     prepare_package(tmp_path / "model", tmp_path / "package", meta(), "org/encoder")
     assert before == {path: path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()}
     assert srsly.read_json(tmp_path / "package" / "meta.json")["name"] == "panx_xlmr"
+
+
+def test_figures_of_other_weights_are_not_packaged(refused, tmp_path):
+    (tmp_path / "model" / "ner").mkdir(parents=True)
+    (tmp_path / "model" / "ner" / "model").write_bytes(b"weights")
+    srsly.write_json(tmp_path / "provenance.json", PROVENANCE)
+    (tmp_path / "metrics").mkdir()
+    srsly.write_json(tmp_path / "metrics" / "raw_text.json", {"ents_f": 0.5, "weights": "another"})
+    options = ["--lang", "it", "--name", "panx_xlmr", "--version", "1.0.0"]
+    options += ["--metrics", tmp_path / "metrics", "--provenance", tmp_path / "provenance.json"]
+    output = refused(prepare_package_script, tmp_path / "model", tmp_path / "package", *options)
+    assert "other weights" in output
+    assert "spacy project run evaluate" in output
+    assert not (tmp_path / "package").exists()

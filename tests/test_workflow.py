@@ -127,7 +127,7 @@ def test_running_again_skips_what_is_done(project, tiny_encoder, capfd):
     overrides = {f"vars.{k}": v for k, v in vars_of(project / "data", tiny_encoder).items()}
     project_run(project, "all", overrides=overrides)
     output = capfd.readouterr().out
-    for name in ("convert", "configure", "train", "evaluate", "report", "package"):
+    for name in ("convert", "configure", "train", "slim", "evaluate", "report", "package"):
         assert f"Skipping '{name}'" in output
 
 
@@ -160,7 +160,7 @@ def test_the_package_predicts_what_the_trained_pipeline_does(project, installed,
         "import spacy, srsly; nlp = spacy.load('it_panx_xlmr');"
         "print(srsly.json_dumps([[e.text for e in d.ents] for d in nlp.pipe(srsly.read_json('texts.json'))]))"
     )
-    trained = spacy.load(project / "training" / "model-last")
+    trained = spacy.load(project / "training" / "model")
     expected = [[ent.text for ent in doc.ents] for doc in trained.pipe(doc.text for doc in gold)]
     assert srsly.json_loads(run_installed(installed, code, tmp_path)) == expected
 

@@ -1,0 +1,192 @@
+"""Makes a trained pipeline small: wordpieces that its language does not need are dropped, weights stored in 16 bits.
+
+Three quarters of xlm-roberta-base are embeddings of 250,002 wordpieces, most of them of other languages. Kept are those
+of the training sentences, those of the language's most frequent words (wordfreq, Speer 2022), all of a single
+character, and the special tokens. A unigram tokenizer takes the most probable way to cut a text, so a text whose own
+wordpieces are all kept is cut as before, and every vector of it stays the same; another one is cut into smaller pieces.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import spacy
+import srsly
+import torch
+import typer
+import wordfreq
+from spacy.language import Language
+from spacy.tokens import DocBin
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from wasabi import msg
+
+import token_ner  # noqa: F401  registers what a trained pipeline is made of
+from atomic import link_or_copy, replacing
+from encoder import Encoder
+from errors import UserError, one_sentence
+
+
+def frequent_words(lang: str, count: int) -> list[str]:
+    """The language's most frequent words, in lower case and with a capital; none for a language wordfreq lacks."""
+    try:
+        words = wordfreq.top_n_list(lang, count)
+    except LookupError:
+        msg.warn(f"wordfreq knows no words of {lang!r}; only the wordpieces of the training sentences are kept.")
+        return []
+    return [*words, *(word.capitalize() for word in words)]
+
+
+def needed_ids(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[int]:
+    """The ids, in order, of the texts' wordpieces, of those of a single character, and of the special tokens."""
+    vocabulary = tokenizer.get_vocab()
+    kept = {*tokenizer.all_special_ids, tokenizer.unk_token_id}
+    kept |= {number for piece, number in vocabulary.items() if len(piece) == 1}
+    for encoding in tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False):
+        kept.update(encoding.ids)
+    return sorted(kept - {None})
+
+
+def trim(model: Encoder, kept: Sequence[int]) -> None:
+    """Drops all wordpieces but those with the ids `kept`, ascending, from the tokenizer and from the embeddings.
+
+    Raises UserError for a tokenizer that is no unigram model: another kind would cut a text's other words anew.
+    """
+    objects = model.layers[0].shims[0]._hfmodel
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if objects.vocab_file_contents is not None:
+            objects.tokenizer.vocab_file = str(folder / "whole")
+            Path(objects.tokenizer.vocab_file).write_bytes(objects.vocab_file_contents)
+        objects.tokenizer.save_pretrained(folder)
+        description = srsly.read_json(folder / "tokenizer.json")
+        if description["model"]["type"] != "Unigram":
+            raise UserError(
+                f"The tokenizer is a {description['model']['type']} model, expected Unigram (XLM-R's kind); keep all "
+                "wordpieces with --vars.slim false."
+            )
+        srsly.write_json(folder / "tokenizer.json", trimmed_description(description, kept))
+        if objects.vocab_file_contents is not None:
+            pieces = {description["model"]["vocab"][number][0] for number in kept}
+            file = folder / objects.tokenizer.vocab_files_names["vocab_file"]
+            objects.vocab_file_contents = trimmed_sentencepiece(objects.vocab_file_contents, pieces)
+            file.write_bytes(objects.vocab_file_contents)
+        objects.tokenizer = AutoTokenizer.from_pretrained(folder)
+    transformer = objects.transformer
+    old = transformer.get_input_embeddings()
+    new = torch.nn.Embedding(len(kept), old.embedding_dim, padding_idx=objects.tokenizer.pad_token_id)
+    new.weight.data = old.weight.data[torch.tensor(kept, device=old.weight.device)].clone()
+    transformer.set_input_embeddings(new)
+    transformer.config.vocab_size = len(kept)
+    for token in ("pad", "bos", "eos", "unk"):
+        number = getattr(objects.tokenizer, f"{token}_token_id")
+        if getattr(transformer.config, f"{token}_token_id", None) is not None:
+            setattr(transformer.config, f"{token}_token_id", number)
+
+
+def trimmed_description(description: dict, kept: Sequence[int]) -> dict:
+    """A tokenizer.json with the wordpieces `kept`, renumbered in their order."""
+    number_of = {old: new for new, old in enumerate(kept)}
+    model = description["model"]
+    vocabulary = [model["vocab"][old] for old in kept]
+    added = [token | {"id": number_of[token["id"]]} for token in description["added_tokens"]]
+    trimmed = description | {"added_tokens": added}
+    trimmed["model"] = model | {"vocab": vocabulary, "unk_id": number_of[model["unk_id"]]}
+    special = (description.get("post_processor") or {}).get("special_tokens")
+    if special:
+        renumbered = {k: token | {"ids": [number_of[i] for i in token["ids"]]} for k, token in special.items()}
+        trimmed["post_processor"] = description["post_processor"] | {"special_tokens": renumbered}
+    return trimmed
+
+
+def trimmed_sentencepiece(model: bytes, pieces: set[str]) -> bytes:
+    """A SentencePiece file with those of its pieces that are in `pieces`, and its special ones; all else as it is.
+
+    The file is a protocol buffer; its pieces are the fields number 1, each of which has its text as field number 1 and
+    its type as number 3 (sentencepiece_model.proto).
+    """
+    kept = bytearray()
+    for field, start, value, end in _fields(model):
+        if field == 1:
+            inner = {number: content for number, _, content, _ in _fields(value)}
+            normal = inner.get(3, 1) == 1
+            if normal and inner[1].decode("utf8") not in pieces:
+                continue
+        kept += model[start:end]
+    return bytes(kept)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int, bytes | int, int]]:
+    """(number, where it begins, its value, where it ends) of each field of a protocol buffer message."""
+    place = 0
+
+    def varint() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte = message[place]
+            place += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while place < len(message):
+        start = place
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            value = varint()
+        else:
+            length = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+            value = message[place : place + length]
+            place += length
+        yield number, start, value, place
+
+
+def halve(model: Encoder) -> None:
+    """Rounds the transformer's weights to 16 bits (IEEE 754 binary16), in which they are then stored.
+
+    Raises UserError for a weight that is too large for it.
+    """
+    for name, parameter in model.transformer.named_parameters():
+        half = parameter.data.half()
+        if not torch.isfinite(half).all():
+            raise UserError(f"The weights {name} do not fit into 16 bits; store them in full with --vars.slim false.")
+        parameter.data = half.float()
+
+
+def slim(nlp: Language, texts: Iterable[str], lang: str, words: int) -> tuple[int, int]:
+    """Trims the vocabulary and halves the weights of a trained pipeline; returns how many wordpieces it had and has."""
+    model = nlp.get_pipe("transformer").model
+    before = len(model.tokenizer)
+    kept = needed_ids(model.tokenizer, [*texts, *frequent_words(lang, words)])
+    trim(model, kept)
+    halve(model)
+    return before, len(kept)
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Trained pipeline", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder for what is evaluated and packaged", show_default=False)],
+    make_slim: Annotated[bool, typer.Argument(help="false: leave it as it is", show_default=False)],
+    corpus: Annotated[Path, typer.Option(help="Training sentences (.spacy), whose wordpieces are kept")],
+    lang: Annotated[str, typer.Option(help="Language whose most frequent words' wordpieces are kept")],
+    words: Annotated[int, typer.Option(help="How many of them")],
+) -> None:
+    """Drop the wordpieces that the language does not need and store the weights in 16 bits."""
+    with one_sentence(), replacing(output) as folder:
+        if not make_slim:
+            shutil.copytree(model, folder, copy_function=link_or_copy)
+            msg.good(f"{output}: the trained pipeline as it is")
+            return
+        nlp = spacy.load(model)
+        texts = (doc.text for doc in DocBin().from_disk(corpus).get_docs(nlp.vocab))
+        before, after = slim(nlp, texts, lang, words)
+        nlp.to_disk(folder)
+        sizes = [(path / "transformer" / "model").stat().st_size / 1e6 for path in (model, folder)]
+        msg.good(f"{output}: {after:,} of {before:,} wordpieces; {sizes[1]:,.0f} MB instead of {sizes[0]:,.0f} MB")
+
+
+if __name__ == "__main__":
+    typer.run(main)
