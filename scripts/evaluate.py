@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy
 import spacy
 import srsly
 import typer
@@ -51,6 +52,33 @@ def score_seqeval(gold: Sequence[Doc], predicted: Sequence[Doc]) -> dict[str, An
     return {"ents_p": float(precision), "ents_r": float(recall), "ents_f": float(f1)}
 
 
+def calibration_bins(gold: Sequence[Doc], predicted: Sequence[Doc], bins: int = 10) -> list[tuple[int, float, float]]:
+    """(how many, mean probability, share that is right) of the predicted entities in each bin of equal width of
+    `span._.score` that has any. Right are those with a gold entity's label and exactly its first and last character.
+    """
+    scores, right = [], []
+    for reference, doc in zip(gold, predicted, strict=True):
+        expected = {(ent.label_, ent.start_char, ent.end_char) for ent in reference.ents}
+        scores += [ent._.score for ent in doc.ents]
+        right += [(ent.label_, ent.start_char, ent.end_char) in expected for ent in doc.ents]
+    number = numpy.minimum((numpy.array(scores) * bins).astype("int64"), bins - 1)
+    rows = []
+    for i in range(bins):
+        inside = number == i
+        if inside.any():
+            mean, share = numpy.array(scores)[inside].mean(), numpy.array(right)[inside].mean()
+            rows.append((int(inside.sum()), float(mean), float(share)))
+    return rows
+
+
+def expected_calibration_error(bins: Sequence[tuple[int, float, float]]) -> float:
+    """The mean over all entities of how far their bin's share of right ones is from its mean probability (Guo et al.
+    2017), as a fraction; 0 where there is no entity.
+    """
+    total = sum(count for count, _, _ in bins)
+    return sum(count * abs(mean - share) for count, mean, share in bins) / total if total else 0.0
+
+
 def weights_digest(model: Path) -> str:
     """SHA-256 of a pipeline's weights, by which its figures are known to be its own."""
     sha256 = hashlib.sha256()
@@ -86,6 +114,7 @@ def main(
         gold = [example.reference for example in examples]
         predicted = list(nlp.pipe(example.predicted for example in examples))
         scores = {raw_text: score_raw_text(nlp, gold), seqeval: score_seqeval(gold, predicted)}
+        scores[raw_text]["ents_calibration_error"] = expected_calibration_error(calibration_bins(gold, predicted))
         if Path(model).exists():
             scores[raw_text]["weights"] = weights_digest(Path(model))
         for path, score in scores.items():

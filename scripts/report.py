@@ -15,7 +15,6 @@ import typer
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from spacy import displacy
-from spacy.language import Language
 from spacy.scorer import PRFScore
 from spacy.tokens import Doc, Span
 from spacy.training import Corpus
@@ -25,6 +24,7 @@ import encoder  # noqa: F401  registers what a trained pipeline is made of, as d
 import token_ner  # noqa: F401
 from atomic import replacing
 from errors import UserError, one_sentence
+from evaluate import calibration_bins, expected_calibration_error
 from training import plot_training
 
 matplotlib.use("agg")
@@ -44,25 +44,12 @@ class Error:
     predicted_doc: Doc
     gold: Span | None
     predicted: Span | None
-    probability: float | None
 
     @property
     def kind(self) -> tuple[str, str]:
         """What should have been found and what was, as they are counted."""
         names = [f"{ent.label_} “{ent.text}”" if ent else "nothing" for ent in (self.gold, self.predicted)]
         return names[0], names[1]
-
-
-def predict(nlp: Language, gold: Sequence[Doc]) -> tuple[list[Doc], list[list[float]]]:
-    """The pipeline's entities on the gold tokens, and how probable it finds each."""
-    ner = nlp.get_pipe("ner")
-    docs, probabilities = [], []
-    examples = (Doc(nlp.vocab, words=[t.text for t in d], spaces=[bool(t.whitespace_) for t in d]) for d in gold)
-    for doc in nlp.pipe(examples):
-        probabilities.append(ner.entity_probabilities(doc, ner.predict([doc])))
-        doc._.trf_data = None
-        docs.append(doc)
-    return docs, probabilities
 
 
 def best_overlap(ent: Span, others: Sequence[Span]) -> Span | None:
@@ -72,20 +59,19 @@ def best_overlap(ent: Span, others: Sequence[Span]) -> Span | None:
     return max(overlapping, key=lambda other: (shared[other], other.label == ent.label), default=None)
 
 
-def find_errors(gold: Sequence[Doc], predicted: Sequence[Doc], probabilities: Sequence[list[float]]) -> Iterator[Error]:
+def find_errors(gold: Sequence[Doc], predicted: Sequence[Doc]) -> Iterator[Error]:
     """Every error once, sentence by sentence."""
-    for gold_doc, doc, doc_probabilities in zip(gold, predicted, probabilities, strict=True):
-        probability = dict(zip(doc.ents, doc_probabilities, strict=True))
+    for gold_doc, doc in zip(gold, predicted, strict=True):
         paired = set()
         for ent in gold_doc.ents:
             other = best_overlap(ent, doc.ents)
             if other is not None:
                 paired.add(other)
             if other is None or _key(other) != _key(ent):
-                yield Error(gold_doc, doc, ent, other, probability.get(other))
+                yield Error(gold_doc, doc, ent, other)
         for ent in doc.ents:
             if ent not in paired:
-                yield Error(gold_doc, doc, None, ent, probability[ent])
+                yield Error(gold_doc, doc, None, ent)
 
 
 def _key(ent: Span) -> tuple[int, int, str]:
@@ -182,6 +168,17 @@ def plot_lengths(rows: Sequence[tuple[str, int, float]]) -> Figure:
     return figure
 
 
+def plot_calibration(bins: Sequence[tuple[int, float, float]]) -> Figure:
+    """The share of entities that are right against the probability that the model gives them; area: how many."""
+    figure, axes = matplotlib.pyplot.subplots(figsize=(4.2, 4), layout="constrained")
+    total = sum(count for count, _, _ in bins)
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
+    sizes = [20 + 600 * count / total for count, _, _ in bins]
+    axes.scatter([mean for _, mean, _ in bins], [right for _, _, right in bins], s=sizes, alpha=0.6)
+    axes.set(xlabel="probability", ylabel="share right", xlim=(0, 1.05), ylim=(0, 1.05))
+    return figure
+
+
 def render_error(error: Error, heading: str) -> dict[str, Any]:
     """The sentence as displaCy shows it, gold and predicted."""
     options = {"colors": COLORS}
@@ -194,24 +191,19 @@ def render_error(error: Error, heading: str) -> dict[str, Any]:
     return {"heading": heading, **sides}
 
 
-def make_report(
-    gold: Sequence[Doc],
-    predicted: Sequence[Doc],
-    probabilities: Sequence[list[float]],
-    training: list[dict[str, Any]],
-    name: str,
-) -> str:
-    """The report as HTML. training: the rows of metrics/training.jsonl."""
+def make_report(gold: Sequence[Doc], predicted: Sequence[Doc], training: list[dict[str, Any]], name: str) -> str:
+    """The report as HTML. predicted: with `span._.score`. training: the rows of metrics/training.jsonl."""
     pairs = list(zip(gold, predicted, strict=True))
     labels = sorted({ent.label_ for pair in pairs for doc in pair for ent in doc.ents})
-    errors = list(find_errors(gold, predicted, probabilities))
+    errors = list(find_errors(gold, predicted))
     counts = Counter(error.kind for error in errors)
     first = {error.kind: error for error in reversed(errors)}
     frequent = [
         render_error(first[kind], f"{count} ×: {kind[0]} → {kind[1]}") for kind, count in counts.most_common(MOST)
     ]
-    wrong = sorted((e for e in errors if e.probability is not None), key=lambda error: -error.probability)[:MOST]
-    confident = [render_error(e, f"{e.probability * 100:.1f} %: {e.kind[0]} → {e.kind[1]}") for e in wrong]
+    wrong = sorted((e for e in errors if e.predicted), key=lambda error: -error.predicted._.score)[:MOST]
+    confident = [render_error(e, f"{e.predicted._.score * 100:.1f} %: {e.kind[0]} → {e.kind[1]}") for e in wrong]
+    bins = calibration_bins(gold, predicted)
     total = score(pairs)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf8")).render(
@@ -221,7 +213,12 @@ def make_report(
             f"{total.precision * 100:.2f}, recall {total.recall * 100:.2f}, F1 {total.fscore * 100:.2f}. An entity is "
             f"right if its first and last token and its type are. {len(errors)} errors."
         ),
-        charts={"training": svg(plot_training(training)), "lengths": svg(plot_lengths(length_scores(pairs)))},
+        charts={
+            "training": svg(plot_training(training)),
+            "lengths": svg(plot_lengths(length_scores(pairs))),
+            "calibration": svg(plot_calibration(bins)),
+        },
+        calibration_error=f"{expected_calibration_error(bins) * 100:.1f}",
         types=type_rows(pairs, labels),
         confusion=confusion(pairs, labels),
         boundaries=boundaries(pairs, labels),
@@ -261,9 +258,10 @@ def main(
         gold = [example.reference for example in Corpus(corpus, gold_preproc=True)(nlp)]
         if not any(doc.ents for doc in gold):
             raise UserError(f"{corpus}: no entity in it to compare with; give sentences with gold entities.")
-        predicted, probabilities = predict(nlp, gold)
+        tokens = (Doc(nlp.vocab, words=[t.text for t in d], spaces=[bool(t.whitespace_) for t in d]) for d in gold)
+        predicted = list(nlp.pipe(tokens))
         with replacing(output) as path:
-            path.write_text(make_report(gold, predicted, probabilities, rows, name), encoding="utf8")
+            path.write_text(make_report(gold, predicted, rows, name), encoding="utf8")
         msg.good(f"{output}: {len(gold)} sentences; open it in a browser")
 
 

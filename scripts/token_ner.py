@@ -26,6 +26,9 @@ QUOTES = APOSTROPHES | frozenset('"`‘“”«»')
 PUNCTUATION = QUOTES | frozenset("()[]{},;:.!?%…¿¡")
 IMPOSSIBLE = -1e4  # the score of what may not be: finite, so that no gradient becomes nan
 
+if not Span.has_extension("score"):
+    Span.set_extension("score", default=None)
+
 DEFAULT_MODEL = """
 [model]
 @architectures = "panx_xlmr.CrfTokenClassifier.v1"
@@ -119,6 +122,9 @@ class TokenNer(TrainablePipe):
     decoding), so an entity never begins with an I- tag of another label. White space has no tag: an entity may go on
     after it, but not after an empty line. Entities and blocked tokens that earlier pipes set are kept, as spaCy's own
     `ner` keeps them; only the tokens between them are labelled.
+
+    `span._.score` of an entity that this pipe has set is the probability that it is one, with just these boundaries
+    and this label; of any other span it is None.
     """
 
     def __init__(
@@ -131,6 +137,11 @@ class TokenNer(TrainablePipe):
     ) -> None:
         super().__init__(vocab, model, name, labels=[])
         self.scorer = scorer
+
+    @property
+    def temperature(self) -> float:
+        """What all scores are divided by for `span._.score`: what scripts/calibrate.py has found, or else 1."""
+        return self.cfg.get("temperature", 1.0)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -216,38 +227,19 @@ class TokenNer(TrainablePipe):
             for doc_scores, doc_sequences in zip(scores.emissions, sequences, strict=True)
             for units in doc_sequences
         ]
-        decoded = iter(decode_iob2(emissions, to_numpy(scores.transitions), to_numpy(scores.start)))
+        parameters = to_numpy(scores.transitions), to_numpy(scores.start)
+        segments = [list(_entities(tags)) for tags in decode_iob2(emissions, *parameters)]
+        probabilities = segment_probabilities(emissions, *parameters, segments, self.temperature)
+        found = iter(zip(segments, probabilities, strict=True))
         for doc, doc_sequences in zip(docs, sequences, strict=True):
-            found = [
-                Span(doc, units[first][0], units[last - 1][1], label=self.labels[label])
+            scored = {
+                Span(doc, units[first][0], units[last - 1][1], label=self.labels[label]): probability
                 for units in doc_sequences
-                for first, last, label in _entities(next(decoded))
-            ]
-            doc.set_ents([*doc.ents, *found], blocked=_blocked(doc))
-
-    def entity_probabilities(self, doc: Doc, scores: TagScores) -> list[float]:
-        """How probable the model finds each of `doc.ents`, the entity as a whole: all its tags, and its end after them.
-
-        scores: those of this one Doc. An entity that the model cannot have found (of another label, or overlapping a
-        blocked token) has probability 0.
-        """
-        emissions, transitions, start = map(
-            self.model.ops.to_numpy, (scores.emissions[0], scores.transitions, scores.start)
-        )
-        labels = {label: i for i, label in enumerate(self.labels)}
-        unset = Doc(doc.vocab, words=[t.text for t in doc], spaces=[bool(t.whitespace_) for t in doc])
-        found = {}
-        for units in tag_sequences(unset):
-            starts, ends = ({unit[side]: i for i, unit in enumerate(units)} for side in (0, 1))
-            wanted = [
-                (ent.start, starts[ent.start], ends[ent.end] + 1, labels[ent.label_])
-                for ent in doc.ents
-                if ent.label_ in labels and ent.start in starts and ent.end in ends
-            ]
-            rows = emissions[[start for start, _ in units]]
-            probabilities = segment_probabilities(rows, transitions, start, [w[1:] for w in wanted])
-            found |= {w[0]: probability for w, probability in zip(wanted, probabilities, strict=True)}
-        return [found.get(ent.start, 0.0) for ent in doc.ents]
+                for (first, last, label), probability in zip(*next(found), strict=True)
+            }
+            doc.set_ents([*doc.ents, *scored], blocked=_blocked(doc))
+            for span, probability in scored.items():
+                span._.score = probability
 
     def get_loss(self, examples: Iterable[Example], scores: TagScores) -> tuple[float, TagScores]:
         """The negative log-likelihood, in nats, of the gold tags, divided by the number of them, and its gradient.
@@ -361,37 +353,54 @@ def decode_iob2(
 
 
 def segment_probabilities(
-    emissions: numpy.ndarray, transitions: numpy.ndarray, start: numpy.ndarray, segments: Sequence[tuple[int, int, int]]
-) -> list[float]:
-    """For each (first token, token after the last, index of the label), the share of all valid IOB2 sequences' weight
-    that those have in which just this is an entity: the forward-backward algorithm (Rabiner 1989).
+    emissions: Sequence[numpy.ndarray],
+    transitions: numpy.ndarray,
+    start: numpy.ndarray,
+    segments: Sequence[Sequence[tuple[int, int, int]]],
+    temperature: float,
+) -> list[list[float]]:
+    """For each sequence's segments, (first token, token after the last, index of the label), how probable it is that
+    just this is an entity: the share that the valid IOB2 sequences with it have of the weight of all.
 
-    emissions: of one sequence, shape (tokens, tags).
+    It is the forward-backward algorithm (Rabiner 1989), on all sequences at a time. emissions: for each sequence an
+    array of shape (tokens, tags). All scores are divided by `temperature` (Guo et al. 2017).
     """
-    if not segments:
-        return []
+    probabilities: list[list[float]] = [[0.0] * len(some) for some in segments]
+    order = sorted((i for i, some in enumerate(segments) if some), key=lambda i: -len(emissions[i]))
+    if not order:
+        return probabilities
     follows, begins = allowed_transitions(len(start))
-    transitions = numpy.where(follows, transitions, IMPOSSIBLE).astype("float64")
-    emissions = emissions.astype("float64")
-    length = len(emissions)
-    forward, backward = numpy.zeros(emissions.shape), numpy.zeros(emissions.shape)
-    forward[0] = numpy.where(begins, start, IMPOSSIBLE) + emissions[0]
-    for i in range(1, length):
-        forward[i] = numpy.logaddexp.reduce(forward[i - 1][:, None] + transitions, axis=0) + emissions[i]
-    for i in range(length - 2, -1, -1):
-        backward[i] = numpy.logaddexp.reduce(transitions + emissions[i + 1] + backward[i + 1], axis=1)
-    every = numpy.logaddexp.reduce(forward[-1])
-    probabilities = []
-    for first, last, label in segments:
-        begin, inside = 1 + 2 * label, 2 + 2 * label
-        score, tag = forward[first, begin], begin
-        for i in range(first + 1, last):
-            score, tag = score + transitions[tag, inside] + emissions[i, inside], inside
-        if last < length:
-            onward = transitions[tag] + emissions[last] + backward[last]
-            score += numpy.logaddexp.reduce(numpy.delete(onward, inside))
-        probabilities.append(float(numpy.exp(min(score - every, 0.0))))
+    transitions = numpy.where(follows, transitions / temperature, IMPOSSIBLE)
+    start = numpy.where(begins, start / temperature, IMPOSSIBLE)
+    scores = numpy.concatenate([emissions[i] for i in order]).astype("float64") / temperature
+    lengths = numpy.array([len(emissions[i]) for i in order])
+    firsts = numpy.cumsum(lengths) - lengths
+    forward, backward = scores.copy(), numpy.zeros_like(scores)
+    forward[firsts] += start
+    for i in range(1, lengths[0]):
+        rows = firsts[lengths > i] + i
+        forward[rows] += _log_sum_exp(forward[rows - 1][:, :, None] + transitions, axis=1)
+    for i in range(lengths[0] - 2, -1, -1):
+        rows = firsts[lengths > i + 1] + i
+        onward = scores[rows + 1] + backward[rows + 1]
+        backward[rows] = _log_sum_exp(transitions + onward[:, None, :], axis=2)
+    every = _log_sum_exp(forward[firsts + lengths - 1], axis=1)
+    for place, sequence in enumerate(order):
+        for number, (first, last, label) in enumerate(segments[sequence]):
+            tag, inside = 1 + 2 * label, 2 + 2 * label
+            score = forward[firsts[place] + first, tag]
+            for row in range(firsts[place] + first + 1, firsts[place] + last):
+                score, tag = score + transitions[tag, inside] + scores[row, inside], inside
+            if last < lengths[place]:
+                row = firsts[place] + last
+                score += _log_sum_exp(numpy.delete(transitions[tag] + scores[row] + backward[row], inside), axis=0)
+            probabilities[sequence][number] = float(numpy.exp(min(score - every[place], 0.0)))
     return probabilities
+
+
+def _log_sum_exp(scores: numpy.ndarray, axis: int) -> numpy.ndarray:
+    largest = scores.max(axis=axis, keepdims=True)
+    return numpy.log(numpy.exp(scores - largest).sum(axis=axis)) + largest.squeeze(axis)
 
 
 def _entities(tags: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -329,8 +329,9 @@ def validation_loss(nlp: Language, examples: Iterable[Example], batch_size: int 
     for batch in minibatch(sorted(examples, key=len), batch_size):
         docs = [example.predicted for example in batch]
         for name, pipe in nlp.pipeline:
-            if name != "ner":
-                docs = list(pipe.pipe(docs))
+            if name == "ner":
+                break
+            docs = list(pipe.pipe(docs))
         loss, _ = ner.get_loss(batch, ner.predict(docs))
         count = sum(tag != token_ner.MASKED for example in batch for tag in ner.gold_tags(example))
         total, tokens = total + loss * count, tokens + count

@@ -21,6 +21,7 @@ from token_ner import (
     crf_token_classifier,
     decode_iob2,
     negative_log_likelihood,
+    segment_probabilities,
     tag_sequences,
 )
 
@@ -201,27 +202,36 @@ def test_a_word_of_several_tokens_is_learned_and_found_as_a_whole(nlp, tags, ent
     assert [ent.text for ent in doc.ents] == entities
 
 
-def test_an_entitys_probability_is_its_share_of_all_valid_sequences(nlp):
-    trained(nlp, steps=2)
-    ner = nlp.get_pipe("ner")
-    doc = Doc(nlp.vocab, words=["Anna", "Neri", "vive", "a", "Bari"])
-    doc.ents = [Span(doc, 0, 2, label="PER"), Span(doc, 4, 5, label="LOC")]
-    scores = ner.predict([doc])
-    every = valid_sequences(5)
-    weights = [math.exp(total(scores.emissions[0], scores.transitions, scores.start, ids)) for ids in every]
-    tags = [[TAGS[i] for i in ids] for ids in every]
-    anna = [t[:2] == ["B-PER", "I-PER"] and t[2] != "I-PER" for t in tags]
-    bari = [t[4] == "B-LOC" for t in tags]
-    shares = [sum(w for w, there in zip(weights, mask, strict=True) if there) / sum(weights) for mask in (anna, bari)]
-    assert ner.entity_probabilities(doc, scores) == pytest.approx(shares, rel=1e-5)
+@settings(max_examples=40, deadline=None)
+@given(batches, *parameters, st.floats(0.5, 3), st.data())
+def test_an_entitys_probability_is_its_share_of_all_valid_sequences(batch, transitions, start, temperature, data):
+    segments, expected = [], []
+    for emissions in batch:
+        valid = valid_sequences(len(emissions))
+        weights = [math.exp(total(emissions.astype("float64"), transitions, start, ids) / temperature) for ids in valid]
+        first = data.draw(st.integers(0, len(emissions) - 1))
+        last, label = data.draw(st.integers(first + 1, len(emissions))), data.draw(st.integers(0, 1))
+        wanted = (1 + 2 * label, *[2 + 2 * label] * (last - first - 1))
+        having = [ids[first:last] == wanted and ids[last : last + 1] != (2 + 2 * label,) for ids in valid]
+        segments.append([(first, last, label)])
+        expected.append([sum(w for w, there in zip(weights, having, strict=True) if there) / sum(weights)])
+    found = segment_probabilities(batch, transitions, start, segments, temperature)
+    for some, others in zip(found, expected, strict=True):
+        assert some == pytest.approx(others, rel=1e-3, abs=1e-9)
 
 
-def test_an_entity_that_the_pipe_cannot_find_has_no_probability(nlp):
-    trained(nlp, steps=2)
-    ner = nlp.get_pipe("ner")
-    doc = Doc(nlp.vocab, words=["Anna", "Neri"])
-    doc.ents = [Span(doc, 0, 2, label="BRAND")]
-    assert ner.entity_probabilities(doc, ner.predict([doc])) == [0.0]
+def test_entities_have_a_score_and_other_spans_have_none(nlp):
+    trained(nlp)
+    doc = Doc(nlp.vocab, words=["Anna", "Neri", "vive", "a", "Bari", "e", "Bari"])
+    doc.ents = [Span(doc, 4, 5, label="BRAND")]
+    nlp(doc)
+    scores = {ent.text + ent.label_: ent._.score for ent in doc.ents}
+    assert set(scores) == {"Anna NeriPER", "BariBRAND", "BariLOC"}
+    assert scores["BariBRAND"] is None
+    assert 0.5 < scores["Anna NeriPER"] < 1
+    assert doc[0:1]._.score is None
+    again = Doc(nlp.vocab).from_bytes(doc.to_bytes())
+    assert [ent._.score for ent in again.ents] == [ent._.score for ent in doc.ents]
 
 
 def test_learns_and_sets_entities(nlp):

@@ -127,7 +127,7 @@ def test_running_again_skips_what_is_done(project, tiny_encoder, capfd):
     overrides = {f"vars.{k}": v for k, v in vars_of(project / "data", tiny_encoder).items()}
     project_run(project, "all", overrides=overrides)
     output = capfd.readouterr().out
-    for name in ("convert", "configure", "train", "slim", "evaluate", "report", "package"):
+    for name in ("convert", "configure", "train", "slim", "calibrate", "evaluate", "report", "package"):
         assert f"Skipping '{name}'" in output
 
 
