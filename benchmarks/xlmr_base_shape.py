@@ -70,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         project, venv = Path(temporary) / "project", Path(temporary) / "venv"
         encoder = Path(temporary) / "xlm-r-base-shape"
-        for name in ("project.yml", "configs", "scripts", "corpus/sample"):
+        for name in ("project.yml", "LICENSE", "configs", "scripts", "corpus/sample"):
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             (project / name).parent.mkdir(parents=True, exist_ok=True)
             copy(ROOT / name, project / name)

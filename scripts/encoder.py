@@ -25,10 +25,11 @@ from spacy import registry
 from spacy.tokens import Doc, Span
 from spacy.util import SimpleFrozenDict
 from spacy_transformers.data_classes import FullTransformerBatch, HFObjects, TransformerData, WordpieceBatch
+from spacy_transformers.layers import trfs2arrays
 from spacy_transformers.layers.hf_shim import HFShim
 from spacy_transformers.layers.transformer_model import TransformerModel, huggingface_from_pretrained
-from thinc.api import Model, Optimizer, get_array_module, get_torch_default_device, torch2xp, xp2torch
-from thinc.types import Floats3d, Ragged
+from thinc.api import Model, Optimizer, chain, get_array_module, get_torch_default_device, torch2xp, xp2torch
+from thinc.types import Floats2d, Floats3d, Ragged
 from torch.nn.functional import embedding
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutput
@@ -203,6 +204,8 @@ class Encoder(TransformerModel):
         objects = self.layers[0].shims[0]._hfmodel
         # a scaler that is not enabled must not be shared: spacy-transformers writes into the dict it is given
         self.layers[0].shims[0] = EncoderShim(objects, mixed_precision=mixed_precision, grad_scaler_config={})
+        self.attrs["replace_listener"] = _own_encoder
+        self.attrs["replace_listener_cfg"] = _own_encoder_config
         self._func = forward
         self.init = _initialize
 
@@ -223,6 +226,47 @@ def encoder(
     `spacy-transformers.TransformerModel.v3` has by the same names. The tokenizer must be a fast one.
     """
     return Encoder(name, tokenizer_config, transformer_config, mixed_precision)
+
+
+@registry.architectures("panx_xlmr.Tok2VecTransformer.v1")
+def tok2vec_encoder(
+    name: str,
+    tokenizer_config: dict[str, Any],
+    transformer_config: dict[str, Any],
+    mixed_precision: bool,
+    pooling: Model[Ragged, Floats2d],
+    grad_factor: float,
+) -> Model[list[Doc], list[Floats2d]]:
+    """The same transformer inside a pipe of its own, which is what `nlp.replace_listeners` makes of a listener; the
+    last two arguments are the listener's.
+    """
+    model = Encoder(name, tokenizer_config, transformer_config, mixed_precision)
+    return chain(_own_encoder(model), trfs2arrays(pooling, grad_factor))
+
+
+def _own_encoder(model: Encoder) -> Model[list[Doc], list[TransformerData]]:
+    # one node, as the listener in whose place it comes: a chain would be flattened when the config is read again
+    return Model("own-encoder", _forward_own, init=_initialize_own, layers=[model])
+
+
+def _forward_own(
+    model: Model, docs: list[Doc], is_train: bool
+) -> tuple[list[TransformerData], Callable[[list[TransformerData]], list[Doc]]]:
+    batch, backprop = model.layers[0](docs, is_train)
+
+    def backprop_batch(gradients: list[TransformerData]) -> list[Doc]:
+        return backprop(batch.unsplit_by_doc([list(gradient.tensors) for gradient in gradients]))
+
+    return batch.doc_data, backprop_batch
+
+
+def _initialize_own(model: Model, X: Any = None, Y: Any = None) -> None:
+    model.layers[0].initialize(X)
+
+
+def _own_encoder_config(encoder_config: dict[str, Any], listener_config: dict[str, Any]) -> dict[str, Any]:
+    of_listener = {key: listener_config[key] for key in ("pooling", "grad_factor")}
+    return encoder_config | of_listener | {"@architectures": "panx_xlmr.Tok2VecTransformer.v1"}
 
 
 def _no_spans(docs: list[Doc]) -> list[list[Span]]:

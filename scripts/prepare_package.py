@@ -1,9 +1,11 @@
 """Makes of a trained pipeline what `spacy package` packs: a full meta.json, a config that needs no file of ours."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import jinja2
 import spacy
 import srsly
 import typer
@@ -15,6 +17,7 @@ from atomic import link_or_copy, replacing
 from errors import UserError, one_sentence
 from evaluate import weights_digest
 
+LABELS = {"PER": "people", "ORG": "organisations", "LOC": "places"}
 TRAINING_SECTIONS = ("paths", "system", "corpora", "training", "initialize")
 
 
@@ -71,30 +74,74 @@ def _source(record: dict[str, Any], known: dict[str, dict[str, str]]) -> dict[st
     return source | config | commit
 
 
-def prepare_package(model: Path, output: Path, meta: dict[str, Any], encoder: str) -> None:
-    """Writes the folder `output`: the trained pipeline `model` with that meta.json and an inference config.
+def hyperparameters(config: Config) -> list[tuple[str, object]]:
+    """Names and values of what decided the training, from the config that it ran with."""
+    training = config["training"]
+    optimizer = training["optimizer"]
+    epochs = training["max_steps"] / training["eval_frequency"]
+    adam = ", ".join(f"{optimizer[key]:g}" for key in ("beta1", "beta2", "eps"))
+    return [
+        ("learning rate, falling in a line to 0", f"{optimizer['learn_rate']['initial_rate']:g}"),
+        ("rate of the highest layer, times that", f"{optimizer['top_learning_rate_scale']:g}"),
+        ("rate of the head, times that", f"{optimizer['head_learning_rate_scale']:g}"),
+        ("batch size", training["batcher"]["size"]),
+        ("epochs", f"{epochs:g}"),
+        ("steps", training["max_steps"]),
+        ("optimizer", f"AdamW ({adam}), weight decay {optimizer['weight_decay']:g}"),
+        ("largest norm of a parameter's gradient", f"{optimizer['grad_clip']:g}"),
+        ("dropout in the head", f"{training['dropout']:g}"),
+        ("seed", training["seed"]),
+    ]
 
-    The weights are hard links where the file system has them, so that a large encoder is not stored twice.
+
+def model_card(template: str, **facts: Any) -> str:
+    """README.md of the package, in Markdown. Raises jinja2.UndefinedError for a fact that the template names and that
+    is missing.
+    """
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(template).render(
+        **facts, labels=LABELS, percent=lambda fraction: f"{fraction * 100:.2f}"
+    )
+
+
+def sources_licences(sources: Sequence[dict[str, str]]) -> str:
+    """LICENSES_SOURCES of the package: what it was made from, and under which licences that is."""
+    entries = []
+    for source in sources:
+        lines = [source["name"], f"Licence: {source['license']}"]
+        entries.append("\n".join([*lines, *(source[key] for key in ("author", "url") if source.get(key))]))
+    return "\n\n".join(entries) + "\n"
+
+
+def prepare_package(model: Path, output: Path, meta: dict[str, Any], encoder: str, documents: dict[str, str]) -> None:
+    """Writes the folder `output`: the trained pipeline `model` with that meta.json, an inference config, and documents.
+
+    documents: text by file name. The weights are hard links where the file system has them, so that a large encoder is
+    not stored twice.
     """
     with replacing(output) as folder:
         shutil.copytree(model, folder, copy_function=link_or_copy)
         config = inference_config(load_config(model / "config.cfg"), encoder)
-        trained = srsly.read_json(model / "meta.json")
         # a link must not be written through: it is the trained pipeline's own file
         for name in ("config.cfg", "meta.json"):
             (folder / name).unlink()
         config.to_disk(folder / "config.cfg")
-        srsly.write_json(folder / "meta.json", trained | meta)
+        srsly.write_json(folder / "meta.json", meta)
+        for name, text in documents.items():
+            (folder / name).write_text(text, encoding="utf8")
 
 
 def main(
     model: Annotated[Path, typer.Argument(help="Trained pipeline", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Folder for `spacy package`", show_default=False)],
+    slim: Annotated[bool, typer.Argument(help="Whether the slim step dropped wordpieces", show_default=False)],
     lang: Annotated[str, typer.Option(help="First part of the package's name")],
     name: Annotated[str, typer.Option(help="Second part of the package's name")],
     version: Annotated[str, typer.Option(help="The package's version")],
-    template: Annotated[Path, typer.Option(help="Author, licence, requirements, sources")] = Path("configs/meta.json"),
-    metrics: Annotated[Path, typer.Option(help="Folder with test.json and raw_text.json")] = Path("metrics"),
+    configs: Annotated[Path, typer.Option(help="Folder with meta.json and model_card.md")] = Path("configs"),
+    licence: Annotated[Path, typer.Option(help="The package's licence")] = Path("LICENSE"),
+    stats: Annotated[Path, typer.Option(help="What is in the corpus")] = Path("corpus/stats.json"),
+    metrics: Annotated[Path, typer.Option(help="Folder with the figures")] = Path("metrics"),
     provenance: Annotated[Path, typer.Option(help="Where data and encoder came from")] = Path("assets/provenance.json"),
 ) -> None:
     """Write a trained pipeline's metadata and make it independent of the project, for `spacy package`."""
@@ -106,16 +153,34 @@ def main(
                 f"{metrics / 'raw_text.json'}: the figures are of other weights than {model} has; run "
                 "`spacy project run evaluate` again."
             )
-        meta = make_meta(
-            srsly.read_json(template),
+        test = srsly.read_json(metrics / "test.json")
+        own = make_meta(
+            srsly.read_json(configs / "meta.json"),
             lang=lang,
             name=name,
             version=version,
             provenance=origin,
-            test=srsly.read_json(metrics / "test.json"),
+            test=test,
             raw_text=raw_text,
         )
-        prepare_package(model, output, meta, origin["encoder"]["source"])
+        meta = srsly.read_json(model / "meta.json") | own
+        card = model_card(
+            (configs / "model_card.md").read_text(encoding="utf8"),
+            meta=meta,
+            test=test,
+            raw_text=raw_text,
+            training=list(srsly.read_jsonl(metrics / "training.jsonl")),
+            stats=srsly.read_json(stats),
+            temperature=srsly.read_json(model / "ner" / "cfg").get("temperature", 1.0),
+            hyperparameters=hyperparameters(load_config(model / "config.cfg").interpolate()),
+            slim=slim,
+        )
+        documents = {
+            "README.md": card,
+            "LICENSE": licence.read_text(encoding="utf8"),
+            "LICENSES_SOURCES": sources_licences(meta["sources"]),
+        }
+        prepare_package(model, output, meta, origin["encoder"]["source"], documents)
         msg.good(
             f"{output}: {lang}_{name} {version}, F1 {meta['performance']['ents_f'] * 100:.2f} on the test sentences"
         )

@@ -191,6 +191,17 @@ def test_weights_that_16_bits_hold_exactly_are_stored_in_them(tiny_encoder):
     assert numpy.array_equal(vectors(nlp, ["Anna vive a Bari."])[0], before)
 
 
+def test_a_pipe_can_have_a_transformer_of_its_own(tiny_encoder, tmp_path):
+    nlp = pipeline(tiny_encoder)
+    doc = nlp.make_doc("Anna vive a Bari.")
+    before = nlp.get_pipe("ner").predict([nlp.get_pipe("transformer")(doc)]).emissions[0]
+    nlp.replace_listeners("transformer", "ner", ["model.tok2vec"])
+    nlp.remove_pipe("transformer")
+    nlp.to_disk(tmp_path)
+    for other in (nlp, spacy.load(tmp_path)):
+        assert other.get_pipe("ner").predict([other.make_doc(doc.text)]).emissions[0] == pytest.approx(before, abs=1e-6)
+
+
 def test_a_tokenizer_that_gives_no_positions_is_refused(tiny_encoder):
     nlp = spacy.blank("it")
     tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, use_fast=False)

@@ -88,9 +88,10 @@ def test_the_trained_pipeline_stays_as_it_was(tmp_path):
     config["components"]["transformer"]["model"] = {"name": "assets/encoder"}
     config.to_disk(tmp_path / "model" / "config.cfg")
     before = {path: path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()}
-    prepare_package(tmp_path / "model", tmp_path / "package", meta(), "org/encoder")
+    prepare_package(tmp_path / "model", tmp_path / "package", meta(), "org/encoder", {"README.md": "# card"})
     assert before == {path: path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()}
     assert srsly.read_json(tmp_path / "package" / "meta.json")["name"] == "panx_xlmr"
+    assert (tmp_path / "package" / "README.md").read_text(encoding="utf8") == "# card"
 
 
 def test_figures_of_other_weights_are_not_packaged(refused, tmp_path):
@@ -101,7 +102,7 @@ def test_figures_of_other_weights_are_not_packaged(refused, tmp_path):
     srsly.write_json(tmp_path / "metrics" / "raw_text.json", {"ents_f": 0.5, "weights": "another"})
     options = ["--lang", "it", "--name", "panx_xlmr", "--version", "1.0.0"]
     options += ["--metrics", tmp_path / "metrics", "--provenance", tmp_path / "provenance.json"]
-    output = refused(prepare_package_script, tmp_path / "model", tmp_path / "package", *options)
+    output = refused(prepare_package_script, tmp_path / "model", tmp_path / "package", "true", *options)
     assert "other weights" in output
     assert "spacy project run evaluate" in output
     assert not (tmp_path / "package").exists()

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import spacy
@@ -34,7 +35,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
 def project(tmp_path_factory, sample, tiny_encoder):
     """A copy of the project in which `all` ran: a tiny encoder learnt a few sentences by heart."""
     root = tmp_path_factory.mktemp("project")
-    for name in ("project.yml", "configs", "scripts"):
+    for name in ("project.yml", "LICENSE", "configs", "scripts"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, root / name)
     data = root / "data"
@@ -105,7 +106,7 @@ def test_the_report_tells_of_the_test_sentences(project):
 
 
 def test_another_language_makes_another_package(project, tmp_path, tiny_encoder):
-    for name in ("project.yml", "configs", "scripts"):
+    for name in ("project.yml", "LICENSE", "configs", "scripts"):
         source = project / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     variables = vars_of(project / "data", tiny_encoder) | {
@@ -146,6 +147,17 @@ def test_meta_has_the_figures_of_the_test_sentences(project):
     assert set(meta["performance"]["ents_per_type"]) == {"LOC", "ORG", "PER"}
     assert meta["labels"]["ner"] == ["LOC", "ORG", "PER"]
     assert {"spacy-transformers", "spacy"} <= {r.split(">")[0] for r in meta["requirements"]}
+
+
+def test_the_wheel_holds_a_model_card_and_the_licences(project):
+    (wheel,) = (project / "packages").rglob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        text = {n: archive.read(f"it_panx_xlmr/it_panx_xlmr-1.0.0/{n}").decode() for n in ("README.md", "LICENSE")}
+        sources = archive.read("it_panx_xlmr/it_panx_xlmr-1.0.0/LICENSES_SOURCES").decode()
+    assert text["LICENSE"] == (ROOT / "LICENSE").read_text(encoding="utf8")
+    assert "PAN-X.es" in text["README.md"]
+    assert f"{srsly.read_json(project / 'metrics' / 'test.json')['ents_f'] * 100:.2f}" in text["README.md"]
+    assert sources.count("Licence:") == 3
 
 
 def test_the_package_finds_entities_offline_in_a_fresh_venv(project, installed, tmp_path):
