@@ -86,9 +86,7 @@ def upload(files: dict[str, bytes | Path], repo: str, message: str) -> str:
         hint = "run `huggingface-cli login` with a token that may write" if status in (401, 403) else "try again later"
         raise UserError(f"The Hub refused {repo} (HTTP {status}), and nothing is published; {hint}.") from None
     except OSError as error:  # requests' errors are OSErrors
-        raise UserError(
-            f"The Hub can't be reached ({type(error).__name__}); try again with a connection."
-        ) from None
+        raise UserError(f"The Hub can't be reached ({type(error).__name__}); try again with a connection.") from None
 
 
 def main(

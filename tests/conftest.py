@@ -1,6 +1,7 @@
 """What several test files share: the sample corpus, a tiny XLM-R, a refused command, PAN-X.it where it is given."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -9,10 +10,11 @@ import pytest
 import sentencepiece
 import torch
 import typer
+from spacy.cli import project_run
 from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizerFast
 from typer.testing import CliRunner
 
-from panx import Sentence, read_tsv
+from panx import Sentence, read_tsv, to_tsv
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "corpus" / "sample"
@@ -87,3 +89,35 @@ def refused() -> Callable[..., str]:
         return " ".join(result.output.split())
 
     return run
+
+
+TRAINED = {
+    "gpu_id": -1,
+    "dataset_config": "tiny",
+    "learning_rate": 0.002,
+    "head_learning_rate_scale": 2,
+    "epochs": 40,
+    "extra_train": "PAN-X.es",
+    **dict.fromkeys(("train_size", "dev_size", "test_size"), 0),
+}
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory, sample, tiny_encoder):
+    """A copy of the project in which `all` ran: a tiny encoder learnt a few sentences by heart."""
+    root = tmp_path_factory.mktemp("project")
+    for name in ("project.yml", "LICENSE", "configs", "scripts"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, root / name)
+    data = root / "data"
+    data.mkdir()
+    for split in sample:
+        (data / f"{split}.tsv").write_bytes(to_tsv([*sample["train"][:40], Sentence(("Bari",), ("B-LOC",))]))
+        spanish = to_tsv([Sentence(("Sevilla",), ("B-LOC",)), Sentence(("hola",), ("O",))])
+        (data / f"{split}-es.tsv").write_bytes(spanish)
+    project_run(root, "all", overrides={f"vars.{k}": v for k, v in vars_of(data, tiny_encoder).items()})
+    return root
+
+
+def vars_of(data, folder):
+    return TRAINED | {"dataset": str(data), "encoder": str(folder)}

@@ -1,9 +1,6 @@
 """The whole project in a copy of it, from TSV to a package that works where nothing of the project is."""
 
-import os
 import shutil
-import subprocess
-import sys
 import zipfile
 
 import pytest
@@ -16,58 +13,7 @@ from weasel.cli.run import load_project_config
 
 import encoder  # noqa: F401  registers what the trained pipeline is loaded with, as does the next
 import token_ner  # noqa: F401
-from conftest import ROOT
-from panx import Sentence, to_tsv
-
-TRAINED = {
-    "gpu_id": -1,
-    "dataset_config": "tiny",
-    "learning_rate": 0.002,
-    "head_learning_rate_scale": 2,
-    "epochs": 40,
-    "extra_train": "PAN-X.es",
-    **dict.fromkeys(("train_size", "dev_size", "test_size"), 0),
-}
-OFFLINE = {"HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory, sample, tiny_encoder):
-    """A copy of the project in which `all` ran: a tiny encoder learnt a few sentences by heart."""
-    root = tmp_path_factory.mktemp("project")
-    for name in ("project.yml", "LICENSE", "configs", "scripts"):
-        source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, root / name)
-    data = root / "data"
-    data.mkdir()
-    for split in sample:
-        (data / f"{split}.tsv").write_bytes(to_tsv([*sample["train"][:40], Sentence(("Bari",), ("B-LOC",))]))
-        spanish = to_tsv([Sentence(("Sevilla",), ("B-LOC",)), Sentence(("hola",), ("O",))])
-        (data / f"{split}-es.tsv").write_bytes(spanish)
-    project_run(root, "all", overrides={f"vars.{k}": v for k, v in vars_of(data, tiny_encoder).items()})
-    return root
-
-
-def vars_of(data, folder):
-    return TRAINED | {"dataset": str(data), "encoder": str(folder)}
-
-
-@pytest.fixture(scope="module")
-def installed(project, tmp_path_factory):
-    """The Python of a fresh venv with the wheel and what it declares, versions as in requirements.txt."""
-    venv = tmp_path_factory.mktemp("venv")
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    python = venv / "bin" / "python"
-    (wheel,) = (project / "packages").rglob("*.whl")
-    pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", ROOT / "requirements.txt"]
-    subprocess.run([*pip, wheel], check=True)
-    return python
-
-
-def run_installed(python, code, cwd):
-    result = subprocess.run([python, "-c", code], cwd=cwd, env=OFFLINE, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
+from conftest import ROOT, vars_of
 
 
 def test_every_output_of_every_step_is_there(project):
@@ -158,39 +104,6 @@ def test_the_wheel_holds_a_model_card_and_the_licences(project):
     assert "PAN-X.es" in text["README.md"]
     assert f"{srsly.read_json(project / 'metrics' / 'test.json')['ents_f'] * 100:.2f}" in text["README.md"]
     assert sources.count("Licence:") == 3
-
-
-def test_the_package_finds_entities_offline_in_a_fresh_venv(project, installed, tmp_path):
-    code = "import spacy; nlp = spacy.load('it_panx_xlmr'); print([(e.text, e.label_) for e in nlp('Bari').ents])"
-    assert run_installed(installed, code, tmp_path) == "[('Bari', 'LOC')]"
-
-
-def test_the_package_predicts_what_the_trained_pipeline_does(project, installed, tmp_path):
-    gold = list(DocBin().from_disk(project / "corpus" / "test.spacy").get_docs(spacy.blank("it").vocab))
-    srsly.write_json(tmp_path / "texts.json", [doc.text for doc in gold])
-    code = (
-        "import spacy, srsly; nlp = spacy.load('it_panx_xlmr');"
-        "print(srsly.json_dumps([[e.text for e in d.ents] for d in nlp.pipe(srsly.read_json('texts.json'))]))"
-    )
-    trained = spacy.load(project / "training" / "model")
-    expected = [[ent.text for ent in doc.ents] for doc in trained.pipe(doc.text for doc in gold)]
-    assert srsly.json_loads(run_installed(installed, code, tmp_path)) == expected
-
-
-def test_the_package_can_be_trained_further_without_the_project(installed, tmp_path):
-    code = (
-        "import spacy; from spacy.training import Example; nlp = spacy.load('it_panx_xlmr');"
-        "eg = Example.from_dict(nlp.make_doc('Bari'), {'entities': [(0, 4, 'LOC')]});"
-        "print(nlp.update([eg], sgd=nlp.resume_training())['ner'] >= 0)"
-    )
-    assert run_installed(installed, code, tmp_path) == "True"
-
-
-def test_spacy_evaluate_takes_the_installed_package_by_name(project, installed, tmp_path):
-    command = ["evaluate", "it_panx_xlmr", project / "corpus" / "test.spacy", "--gold-preproc", "--output", "m.json"]
-    subprocess.run([installed, "-m", "spacy", *command], cwd=tmp_path, env=OFFLINE, check=True)
-    test = srsly.read_json(project / "metrics" / "test.json")
-    assert srsly.read_json(tmp_path / "m.json")["ents_f"] == test["ents_f"]
 
 
 def test_clean_removes_what_was_made_and_nothing_else(project, tmp_path):

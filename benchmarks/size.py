@@ -1,0 +1,107 @@
+"""What slimming costs and gains: size, time to load, peak memory and F1 of the trained pipeline, as it is and slimmed.
+
+    python benchmarks/size.py training/model-last --train corpus/train.spacy --test corpus/test.spacy
+
+Three variants are made of the trained pipeline: as it is, trimmed, trimmed and halved. Each is loaded and run in
+processes of its own. Size is that of the folder as a wheel compresses it. Of the test sentences with kept wordpieces
+only, it is counted how many get other entities than from the whole pipeline.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Annotated
+
+import spacy
+import srsly
+import typer
+from spacy.tokens import DocBin
+from wasabi import msg
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import slim as slim_script  # noqa: E402
+
+LOAD = """
+import json, resource, sys, time
+sys.path.insert(0, sys.argv[2])
+import encoder, token_ner, spacy
+start = time.perf_counter()
+nlp = spacy.load(sys.argv[1])
+loaded = time.perf_counter() - start
+nlp("Grazia Deledda nacque a Nuoro.")
+print(json.dumps([loaded, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]))
+"""
+
+
+def make_variants(
+    model: Path, folder: Path, texts: list[str], lang: str, words: int
+) -> tuple[dict[str, Path], set[str]]:
+    """Saves the variants in `folder`; returns their folders by name, and the wordpieces that are kept."""
+    nlp = spacy.load(model)
+    encoder = nlp.get_pipe("transformer").model
+    kept = slim_script.needed_ids(encoder.tokenizer, [*texts, *slim_script.frequent_words(lang, words)])
+    pieces = set(encoder.tokenizer.convert_ids_to_tokens(kept))
+    slim_script.trim(encoder, kept)
+    nlp.to_disk(folder / "trimmed")
+    slim_script.halve(encoder)
+    nlp.to_disk(folder / "halved")
+    variants = {"as trained": model, "trimmed": folder / "trimmed", "trimmed, 16 bits": folder / "halved"}
+    return variants, pieces
+
+
+def zipped_size(folder: Path) -> float:
+    """MB of the folder's files, deflated one by one as in a wheel."""
+    with tempfile.TemporaryFile() as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in folder.rglob("*"):
+            archive.write(path, path.relative_to(folder))
+        return sum(entry.compress_size for entry in archive.infolist()) / 1e6
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Trained pipeline, not slimmed", show_default=False)],
+    train: Annotated[Path, typer.Option(help="Training sentences (.spacy)")] = ROOT / "corpus" / "train.spacy",
+    test: Annotated[Path, typer.Option(help="Test sentences (.spacy)")] = ROOT / "corpus" / "test.spacy",
+    runs: Annotated[int, typer.Option(help="Times that each variant is loaded")] = 5,
+) -> None:
+    """Measure the trained pipeline as it is, trimmed, and trimmed and halved."""
+    variables = srsly.read_yaml(ROOT / "project.yml")["vars"]
+    vocab = spacy.blank(variables["lang"]).vocab
+    texts, test_texts = ([doc.text for doc in DocBin().from_disk(path).get_docs(vocab)] for path in (train, test))
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        variants, pieces = make_variants(model, folder, texts, variables["lang"], variables["slim_words"])
+        entities = {}
+        for variant, path in variants.items():
+            loads = []
+            for _ in range(runs):
+                command = [sys.executable, "-c", LOAD, path, ROOT / "scripts"]
+                loads.append(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
+            seconds, memory = (statistics.median(load[i] for load in loads) for i in (0, 1))
+            spacy_evaluate = [sys.executable, "-m", "spacy", "evaluate", path, test, "--gold-preproc"]
+            code, output = ROOT / "scripts" / "training.py", folder / "gold.json"
+            subprocess.run([*spacy_evaluate, "--code", code, "--output", output], capture_output=True, check=True)
+            gold = srsly.read_json(output)["ents_f"]
+            nlp = spacy.load(path)
+            entities[variant] = [[(e.start_char, e.end_char, e.label_) for e in d.ents] for d in nlp.pipe(test_texts)]
+            if variant == "as trained":
+                tokenizer = nlp.get_pipe("transformer").model.tokenizer
+                whole = [set(tokenizer.tokenize(text)) <= pieces for text in test_texts]
+            pairs = list(zip(entities["as trained"], entities[variant], whole, strict=True))
+            changed = sum(before != after for before, after, _ in pairs)
+            changed_whole = sum(before != after for before, after, kept in pairs if kept)
+            size = f"{zipped_size(path):.1f} MB"
+            figures = [f"{seconds:.2f} s", f"{memory:.2f} GB", f"{gold * 100:.2f}", f"{changed}", f"{changed_whole}"]
+            rows.append((variant, size, *figures))
+    header = ("pipeline", "zipped", "load", "peak memory", "F1, gold tokens", "texts changed", "of those all kept")
+    msg.table(rows, header=header, divider=True)
+    print(f"{sum(whole)} of {len(whole)} test sentences have kept wordpieces only")
+
+
+if __name__ == "__main__":
+    typer.run(main)
