@@ -11,8 +11,7 @@ import srsly
 import typer
 from scipy.optimize import minimize_scalar
 from spacy.language import Language
-from spacy.tokens import Doc
-from spacy.training import Corpus
+from spacy.training import Corpus, Example
 from wasabi import msg
 
 import encoder  # noqa: F401  registers what a trained pipeline is made of, as does the next
@@ -24,15 +23,15 @@ from evaluate import calibration_bins, expected_calibration_error
 BOUNDS = (0.25, 8.0)
 
 
-def find_temperature(nlp: Language, gold: Sequence[Doc]) -> tuple[float, float, float]:
+def find_temperature(nlp: Language, examples: Sequence[Example]) -> tuple[float, float, float]:
     """(temperature, calibration error without it, with it): the temperature gives the entities that the pipeline finds
-    in the gold Docs' tokens the least log loss (Guo et al. 2017). The pipe `ner` is left with it.
+    in the gold tokens the least log loss (Guo et al. 2017). The pipe `ner` is left with it.
 
     Raises UserError where the pipeline finds no entity.
     """
     ner = nlp.get_pipe("ner")
     batches = []
-    docs = [Doc(nlp.vocab, words=[t.text for t in doc], spaces=[bool(t.whitespace_) for t in doc]) for doc in gold]
+    gold, docs = [example.reference for example in examples], [example.predicted for example in examples]
     for start in range(0, len(docs), nlp.batch_size):
         batch = docs[start : start + nlp.batch_size]
         for name, pipe in nlp.pipeline:
@@ -85,8 +84,7 @@ def main(
         if gpu_id >= 0:
             spacy.require_gpu(gpu_id)
         nlp = spacy.load(model)
-        gold = [example.reference for example in Corpus(corpus, gold_preproc=True)(nlp)]
-        temperature, before, after = find_temperature(nlp, gold)
+        temperature, before, after = find_temperature(nlp, list(Corpus(corpus, gold_preproc=True)(nlp)))
         with replacing(output) as folder:
             shutil.copytree(model, folder, copy_function=link_or_copy)
             # a link must not be written through: it is the other pipeline's own file

@@ -255,11 +255,11 @@ def main(
                 raise UserError(f"{path}: not there; run `spacy project run all`, which makes it.")
         rows = list(srsly.read_jsonl(training))
         nlp = spacy.load(model)
-        gold = [example.reference for example in Corpus(corpus, gold_preproc=True)(nlp)]
+        examples = list(Corpus(corpus, gold_preproc=True)(nlp))
+        gold = [example.reference for example in examples]
         if not any(doc.ents for doc in gold):
             raise UserError(f"{corpus}: no entity in it to compare with; give sentences with gold entities.")
-        tokens = (Doc(nlp.vocab, words=[t.text for t in d], spaces=[bool(t.whitespace_) for t in d]) for d in gold)
-        predicted = list(nlp.pipe(tokens))
+        predicted = list(nlp.pipe(example.predicted for example in examples))
         with replacing(output) as path:
             path.write_text(make_report(gold, predicted, rows, name), encoding="utf8")
         msg.good(f"{output}: {len(gold)} sentences; open it in a browser")

@@ -8,7 +8,7 @@ import calibrate as calibrate_script
 from calibrate import find_temperature
 from errors import UserError
 from evaluate import calibration_bins, expected_calibration_error
-from test_token_ner import nlp, trained  # noqa: F401
+from test_token_ner import example, nlp, trained  # noqa: F401
 
 WORDS = ["Anna", "Neri", "vive", "a", "Bari"]
 RIGHT = ["B-PER", "I-PER", "O", "O", "B-LOC"]
@@ -19,7 +19,7 @@ WRONG = ["B-LOC", "I-LOC", "O", "O", "B-PER"]
 def gold(nlp):  # noqa: F811
     """Sentences of which the trained pipeline finds both entities with certainty, where one in four is wrong."""
     trained(nlp)
-    return [Doc(nlp.vocab, words=WORDS, ents=RIGHT if i % 4 else WRONG) for i in range(40)]
+    return [example(nlp, WORDS, RIGHT if i % 4 else WRONG) for i in range(40)]
 
 
 def test_too_certain_a_pipeline_becomes_as_certain_as_it_is_right(nlp, gold):  # noqa: F811
@@ -39,13 +39,13 @@ def test_the_entities_stay_the_same(nlp, gold):  # noqa: F811
 def test_a_pipeline_that_finds_nothing_is_refused(nlp):  # noqa: F811
     trained(nlp)
     with pytest.raises(UserError, match="finds no entity"):
-        find_temperature(nlp, [Doc(nlp.vocab, words=["vive", "a"])])
+        find_temperature(nlp, [example(nlp, ["vive", "a"], ["O", "O"])])
 
 
 def test_the_command_leaves_the_first_pipeline_as_it_was(nlp, gold, tmp_path):  # noqa: F811
     nlp.to_disk(tmp_path / "slim")
     before = (tmp_path / "slim" / "ner" / "cfg").read_bytes()
-    DocBin(docs=gold).to_disk(tmp_path / "dev.spacy")
+    DocBin(docs=[eg.reference for eg in gold]).to_disk(tmp_path / "dev.spacy")
     calibrate_script.main(tmp_path / "slim", tmp_path / "model", tmp_path / "dev.spacy")
     assert (tmp_path / "slim" / "ner" / "cfg").read_bytes() == before
     temperature = srsly.read_json(tmp_path / "model" / "ner" / "cfg")["temperature"]
