@@ -26,7 +26,12 @@ from typing import Annotated, Any
 
 import srsly
 import typer
+from spacy import load
+from spacy.training import Corpus
 from wasabi import msg
+
+import ablations  # noqa: F401  makes scripts/ importable and registers what a run without a choice is made of
+from evaluate import score_raw_text
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE, PROJECT = "reference", "this project"
@@ -116,15 +121,16 @@ def run_project(folder: Path, output: Path, seed: int, changes: dict[str, Any], 
     spacy = [sys.executable, "-m", "spacy"]
     train = [*spacy, "train", "training/config.cfg", "--code", code, "--output", output, *overrides]
     run(train, output / "train.log", folder, threads)
-    scores = {}
-    for kind, options in (("test", ["--gold-preproc"]), ("raw", [])):
-        command = [*spacy, "evaluate", output / "model-last", "corpus/test.spacy", "--code", code, *options]
-        run([*command, "--output", output / f"{kind}.json"], output / f"{kind}.log", folder, threads)
-        scores[kind] = srsly.read_json(output / f"{kind}.json")["ents_f"]
+    test = [*spacy, "evaluate", output / "model-last", "corpus/test.spacy", "--code", code, "--gold-preproc"]
+    run([*test, "--output", output / "test.json"], output / "test.log", folder, threads)
+    gold_tokens = srsly.read_json(output / "test.json")["ents_f"]
+    nlp = load(output / "model-last")
+    gold = [example.reference for example in Corpus(folder / "corpus" / "test.spacy", gold_preproc=True)(nlp)]
+    raw_text = score_raw_text(nlp, gold)["ents_f"]
     validation = list(srsly.read_jsonl(output / "training.jsonl"))[-1]["ents_f"]
     shutil.rmtree(output / "model-last")
     shutil.rmtree(output / "model-best", ignore_errors=True)
-    return {"validation": validation, "test": scores["test"], "raw_text": scores["raw"]}
+    return {"validation": validation, "test": gold_tokens, "raw_text": raw_text}
 
 
 def run_reference(recipe: Path, encoder: Path, output: Path, seed: int, threads: int) -> dict[str, float]:

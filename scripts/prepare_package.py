@@ -174,6 +174,7 @@ def main(
             temperature=srsly.read_json(model / "ner" / "cfg").get("temperature", 1.0),
             hyperparameters=hyperparameters(load_config(model / "config.cfg").interpolate()),
             slim=slim,
+            panx=origin["data"]["config"].startswith("PAN-X"),
         )
         documents = {
             "README.md": card,
