@@ -106,6 +106,19 @@ def test_the_wheel_holds_a_model_card_and_the_licences(project):
     assert sources.count("Licence:") == 3
 
 
+def test_a_wheel_built_again_holds_the_weights_that_were_evaluated(project, tiny_encoder, tmp_path):
+    copy = tmp_path / "project"
+    shutil.copytree(project, copy)
+    overrides = {f"vars.{k}": v for k, v in (vars_of(project / "data", tiny_encoder) | {"slim": False}).items()}
+    for command in ("slim", "calibrate", "evaluate", "package"):
+        project_run(copy, command, overrides=overrides)
+    (wheel,) = (copy / "packages").rglob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = archive.read("it_panx_xlmr/it_panx_xlmr-1.0.0/transformer/model")
+    assert packed == (copy / "training" / "model" / "transformer" / "model").read_bytes()
+    assert packed == (copy / "training" / "model-last" / "transformer" / "model").read_bytes()
+
+
 def test_clean_removes_what_was_made_and_nothing_else(project, tmp_path):
     copy = tmp_path / "project"
     shutil.copytree(project, copy, ignore=shutil.ignore_patterns("model-*", "*.whl"))
