@@ -7,15 +7,19 @@ It fits into spacy-transformers' `transformer` pipe and feeds its listeners. It 
   Every wordpiece gets its vector from the window in which it has most context, and every token has a vector: one
   without a wordpiece (white space, a zero-width character) takes that of the text's first special token.
 - Windows of like length run together, so that little is spent on padding.
+- On a CPU oneDNN multiplies the matrices, and prediction in 16 or 8 bits is there for the asking.
 - In training only the embeddings that a batch reads have a gradient, not the whole table.
 """
 
 import copy
+import os
+import platform
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 import srsly
@@ -40,6 +44,16 @@ WINDOW, OVERLAP = 126, 32
 # Wordpieces, padding included, that run together. On a CPU small groups of like length waste least; a GPU wants much
 # work at a time.
 GROUP_SIZE = {"cpu": 256, "cuda": 16384}
+Precision = Literal["float32", "bfloat16", "int8"]
+# On these processors PyTorch multiplies float32 matrices with MKL unless it is told otherwise.
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine().lower() in ("x86_64", "amd64")
+
+
+if hasattr(os, "register_at_fork"):  # nlp.pipe(n_process=…) forks
+    # the tokenizer's threads: left out in a forked process, with a warning where the variable is not set
+    os.register_at_fork(before=lambda: os.environ.setdefault("TOKENIZERS_PARALLELISM", "false"))
+    # a forked process would wait without end for the threads that PyTorch had started in its parent
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 @dataclass
@@ -73,17 +87,97 @@ class EncoderBatch(FullTransformerBatch):
         return EncoderBatch([], xp2torch(xp.concatenate([gradient[0] for (gradient,) in arrays])))
 
 
+class _OneDnnLinear(torch.autograd.Function):
+    """x Wᵀ + b and its gradients by oneDNN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return _multiply(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        return (
+            _multiply(gradient, weight.t()) if wants_x else None,
+            _multiply(rows.t(), x.flatten(0, -2).t()) if wants_weight else None,
+            rows.sum(0) if wants_bias else None,
+        )
+
+
+def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    # the operator with which PyTorch's own compiler calls oneDNN
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class Linear(torch.nn.Linear):
+    """PyTorch's linear layer, by oneDNN on a CPU.
+
+    PyTorch takes MKL for float32 there, which leaves half of what an AMD processor can do: benchmarks/linear.py.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x, shape (…, in), times the weights, shape (…, out)."""
+        if x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
+            return super().forward(x)
+        if torch.is_grad_enabled():
+            return _OneDnnLinear.apply(x, self.weight, self.bias)
+        return _multiply(x, self.weight, self.bias)
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer with weights in 8 bits, one scale for each row, that rounds its input to 8 bits too (FBGEMM)."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        scales = (weight.abs().amax(dim=1) / 127).clamp_min(1e-12).double()
+        with warnings.catch_warnings():
+            # deprecated in favour of a package that has no such layer for CPUs without a C++ compiler
+            warnings.filterwarnings("ignore", category=UserWarning)
+            zeros = torch.zeros(len(scales), dtype=torch.int64)
+            rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+            self.packed = torch.ops.quantized.linear_prepack(rounded, linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x, shape (…, in), times the weights, shape (…, out)."""
+        return torch.ops.quantized.linear_dynamic(x, self.packed)
+
+
+def _replace_linear(module: torch.nn.Module, replacement: Callable[[torch.nn.Linear], torch.nn.Module]) -> None:
+    for name, child in list(module.named_children()):
+        if isinstance(child, torch.nn.Linear):
+            setattr(module, name, replacement(child))
+        else:
+            _replace_linear(child, replacement)
+
+
+def lean(transformer: torch.nn.Module) -> torch.nn.Module:
+    """The same transformer with this file's linear layers, and without the pooler, whose output nobody reads."""
+    if getattr(transformer, "pooler", None) is not None:
+        transformer.pooler = None
+    if HAS_ONEDNN:
+        for module in transformer.modules():
+            if type(module) is torch.nn.Linear:
+                module.__class__ = Linear  # parameters and names stay what they are
+    return transformer
+
+
 class EncoderShim(HFShim):
     """Holds the transformer and its tokenizer; runs windows of wordpieces through it, many at a time."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, precision: Precision, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # of the update under way: the rows of the embedding table that were read, and those rows as leaves of the graph
+        self.precision = precision
+        self.reduced: torch.nn.Module | None = None  # the transformer's copy for prediction in that precision
+        # since the last update: the rows of the embedding table that were read, and those rows as leaves of the graph
         self.read: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def to_bytes(self) -> bytes:
-        """The tokenizer's files, the transformer's config, and its weights as safetensors: those in 16 bits that lose
-        nothing by it.
+        """The tokenizer's files, the transformer's config, and its weights as safetensors, in as few bits as lose
+        nothing of them.
         """
         module, self._model = self._model, torch.nn.Module()
         try:
@@ -92,7 +186,7 @@ class EncoderShim(HFShim):
         finally:
             self._model = module
         if message["config"]:
-            message["state"] = save({name: _shortest(tensor) for name, tensor in module.state_dict().items()})
+            message["state"] = save(_shortest(module.state_dict()))
         return srsly.msgpack_dumps(message)
 
     def from_bytes(self, bytes_data: bytes) -> "EncoderShim":
@@ -111,19 +205,17 @@ class EncoderShim(HFShim):
             vocab_file_contents = Path(vocab_file).read_bytes() if vocab_file else None
             with no_init_weights():
                 transformer = AutoModel.from_config(AutoConfig.from_pretrained(folder))
-        transformer.load_state_dict(load(message["state"]))
-        self._model = transformer.to(get_torch_default_device()).eval()
+        lean(transformer).load_state_dict(_full(load(message["state"])))
+        self._model, self.reduced = transformer.to(get_torch_default_device()).eval(), None
         self._hfmodel = HFObjects(tokenizer, transformer, vocab_file_contents, SimpleFrozenDict(), SimpleFrozenDict())
         return self
 
     def predict(self, windows: Sequence[Window]) -> torch.Tensor:
         """The vectors of the windows' pieces, shape (rows, width), computed with dropout off."""
-        transformer = self._model
-        if transformer.training:
-            transformer.eval()
-        embeddings = transformer.get_input_embeddings()
+        if self._model.training:
+            self._model.eval()
         with torch.inference_mode(), torch.autocast("cuda", enabled=self._mixed_precision):
-            return self._run(windows, embeddings)
+            return self._run(windows, self._model.get_input_embeddings(), self._predicting())
 
     def begin_update(self, windows: Sequence[Window]) -> tuple[torch.Tensor, Callable[[torch.Tensor], None]]:
         """The vectors with dropout on, and the function that takes their gradient and adds up the parameters'."""
@@ -133,21 +225,22 @@ class EncoderShim(HFShim):
         ids = torch.tensor([i for window in windows for i in window.ids], device=weight.device)
         rows = ids.unique()
         leaf = weight.detach()[rows].requires_grad_(weight.requires_grad)
-        self.read.append((rows, leaf))
         with torch.autocast("cuda", enabled=self._mixed_precision):
-            vectors = self._run(windows, lambda ids: embedding(torch.searchsorted(rows, ids), leaf))
+            vectors = self._run(windows, lambda ids: embedding(torch.searchsorted(rows, ids), leaf), transformer)
 
         def backprop(gradient: torch.Tensor) -> None:
             # what thinc's PyTorchShim does around a backward pass: scaled, so that half precision does not underflow
             gradient = self._grad_scaler.scale(gradient, inplace=True)
             torch.autograd.backward(vectors, gradient)
-            parameters = [*transformer.parameters(), *(leaf for _, leaf in self.read)]
+            self.read.append((rows, leaf))
+            parameters = [*transformer.parameters(), leaf]
             self._grad_scaler.unscale([p.grad for p in parameters if p.grad is not None])
 
         return vectors, backprop
 
     def finish_update(self, optimizer: Optimizer) -> None:
         """Updates the parameters. An optimizer with a method `update_encoder` does it all in one call."""
+        self.reduced = None
         embeddings = self._model.get_input_embeddings()
         read, self.read = [(rows, leaf.grad) for rows, leaf in self.read if leaf.grad is not None], []
         parameters = [(name, p) for name, p in self._model.named_parameters() if p.grad is not None]
@@ -165,8 +258,29 @@ class EncoderShim(HFShim):
         super().finish_update(optimizer)
         embeddings.weight.grad = None
 
-    def _run(self, windows: Sequence[Window], embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        device = self._model.device
+    def _predicting(self) -> torch.nn.Module:
+        """The transformer in the precision asked for; the table of embeddings is not copied."""
+        if self.precision == "float32":
+            return self._model
+        if self.reduced is None:
+            device = self._model.device
+            table = self._model.get_input_embeddings()
+            self.reduced = copy.deepcopy(self._model, {id(table): torch.nn.Identity()})
+            if self.precision == "bfloat16":
+                self.reduced.to(torch.bfloat16)
+            elif device.type == "cpu":
+                _replace_linear(self.reduced, Int8Linear)
+            else:
+                raise ValueError(f"Precision int8 is for the CPU, but the pipeline is on {device}; take bfloat16.")
+        return self.reduced
+
+    def _run(
+        self,
+        windows: Sequence[Window],
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        transformer: torch.nn.Module,
+    ) -> torch.Tensor:
+        device, dtype = transformer.device, transformer.dtype
         outputs, places, padded = [], numpy.empty(sum(w.count for w in windows), dtype="int64"), 0
         for group in grouped_by_length(windows, GROUP_SIZE.get(device.type, GROUP_SIZE["cuda"])):
             length = max(len(window.ids) for window in group)
@@ -178,32 +292,70 @@ class EncoderShim(HFShim):
                 first = padded + i * length + window.first
                 places[window.row : window.row + window.count] = numpy.arange(first, first + window.count)
             padded += ids.size
-            inputs = {"inputs_embeds": embed(torch.from_numpy(ids).to(device))}
+            inputs = {"inputs_embeds": embed(torch.from_numpy(ids).to(device)).to(dtype)}
             if not mask.all():
                 inputs["attention_mask"] = torch.from_numpy(mask).to(device)
-            output = self._model(**inputs)
+            output = transformer(**inputs)
             outputs.append(output.last_hidden_state.flatten(0, 1))
         return torch.cat(outputs)[torch.from_numpy(places).to(device)].float()
 
 
-def _shortest(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in 16 bits, if all its values can be told exactly in them."""
-    half = tensor.half()
-    exact = tensor.dtype == torch.float32 and torch.equal(half.float(), tensor)
-    return (half if exact else tensor).contiguous().cpu()
+def row_scales(matrix: torch.Tensor) -> torch.Tensor:
+    """For each row of a matrix, shape (rows, 1), the step at which 8-bit integers times it reach over the row's values.
+
+    A step has 16 significant bits only, so that its product with an 8-bit integer is exact in float32.
+    """
+    steps = (matrix.abs().amax(dim=1, keepdim=True) / 127).contiguous()
+    rounded_up = ((steps.view(torch.int32) + 0xFF) & ~0xFF).view(torch.float32)
+    return torch.where(rounded_up > 0, rounded_up, 1.0)
+
+
+def _shortest(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights in as few bits as lose nothing: 8 and a scale for each row of a matrix, 16, or what they had."""
+    short = {}
+    for name, tensor in weights.items():
+        tensor = tensor.detach().cpu().contiguous()
+        short[name] = tensor
+        if tensor.dtype != torch.float32:
+            continue
+        half = tensor.half()
+        if torch.equal(half.float(), tensor):
+            short[name] = half
+        if tensor.dim() == 2:
+            scales = row_scales(tensor)
+            rows = (tensor / scales).round()
+            if torch.equal(rows * scales, tensor):
+                short |= {name: rows.to(torch.int8), f"{name}.scales": scales}
+    return short
+
+
+def _full(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights that `_shortest` made short, in float32."""
+    return {
+        name: tensor * weights[f"{name}.scales"] if f"{name}.scales" in weights else tensor
+        for name, tensor in weights.items()
+        if not name.endswith(".scales")
+    }
 
 
 class Encoder(TransformerModel):
     """The thinc layer from Docs to an EncoderBatch; `tokenizer` and `transformer` are Hugging Face's objects."""
 
     def __init__(
-        self, name: str, tokenizer_config: dict[str, Any], transformer_config: dict[str, Any], mixed_precision: bool
+        self,
+        name: str,
+        tokenizer_config: dict[str, Any],
+        transformer_config: dict[str, Any],
+        mixed_precision: bool,
+        precision: Precision,
     ) -> None:
-        self.arguments = (name, tokenizer_config, transformer_config, mixed_precision)
+        self.arguments = (name, tokenizer_config, transformer_config, mixed_precision, precision)
         super().__init__(name, _no_spans, tokenizer_config, transformer_config)
         objects = self.layers[0].shims[0]._hfmodel
         # a scaler that is not enabled must not be shared: spacy-transformers writes into the dict it is given
-        self.layers[0].shims[0] = EncoderShim(objects, mixed_precision=mixed_precision, grad_scaler_config={})
+        self.layers[0].shims[0] = EncoderShim(
+            objects, precision=precision, mixed_precision=mixed_precision, grad_scaler_config={}
+        )
         self.attrs["replace_listener"] = _own_encoder
         self.attrs["replace_listener_cfg"] = _own_encoder_config
         self._func = forward
@@ -220,12 +372,19 @@ class Encoder(TransformerModel):
 
 @registry.architectures("panx_xlmr.TransformerModel.v1")
 def encoder(
-    name: str, tokenizer_config: dict[str, Any], transformer_config: dict[str, Any], mixed_precision: bool
+    name: str,
+    tokenizer_config: dict[str, Any],
+    transformer_config: dict[str, Any],
+    mixed_precision: bool,
+    precision: Precision = "float32",
 ) -> Model[list[Doc], FullTransformerBatch]:
-    """A transformer of Hugging Face's for the pipe `transformer`; the arguments are those that
+    """A transformer of Hugging Face's for the pipe `transformer`; the first four arguments are those that
     `spacy-transformers.TransformerModel.v3` has by the same names. The tokenizer must be a fast one.
+
+    precision: in which the matrices are multiplied in prediction. bfloat16 and int8 (which is for CPUs) are faster and
+    not exact: benchmarks/speed.py. Weights are kept, trained and stored in float32 all the same.
     """
-    return Encoder(name, tokenizer_config, transformer_config, mixed_precision)
+    return Encoder(name, tokenizer_config, transformer_config, mixed_precision, precision)
 
 
 @registry.architectures("panx_xlmr.Tok2VecTransformer.v1")
@@ -236,11 +395,12 @@ def tok2vec_encoder(
     mixed_precision: bool,
     pooling: Model[Ragged, Floats2d],
     grad_factor: float,
+    precision: Precision = "float32",
 ) -> Model[list[Doc], list[Floats2d]]:
-    """The same transformer inside a pipe of its own, which is what `nlp.replace_listeners` makes of a listener; the
-    last two arguments are the listener's.
+    """The same transformer inside a pipe of its own, which is what `nlp.replace_listeners` makes of a listener, whose
+    arguments `pooling` and `grad_factor` are.
     """
-    model = Encoder(name, tokenizer_config, transformer_config, mixed_precision)
+    model = Encoder(name, tokenizer_config, transformer_config, mixed_precision, precision)
     return chain(_own_encoder(model), trfs2arrays(pooling, grad_factor))
 
 
@@ -276,7 +436,9 @@ def _no_spans(docs: list[Doc]) -> list[list[Span]]:
 def _initialize(model: Encoder, X: Any = None, Y: Any = None) -> None:
     if not model.attrs["has_transformer"]:
         config = (model._init_tokenizer_config, model._init_transformer_config)
-        model.attrs["set_transformer"](model, huggingface_from_pretrained(model.attrs["name"], *config))
+        objects = huggingface_from_pretrained(model.attrs["name"], *config)
+        lean(objects.transformer)
+        model.attrs["set_transformer"](model, objects)
 
 
 def forward(

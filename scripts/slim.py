@@ -1,14 +1,18 @@
-"""Makes a trained pipeline small: wordpieces that its language does not need are dropped, weights stored in 16 bits.
+"""Makes a trained pipeline small: wordpieces that its language does not need are dropped, weights stored in 8 bits.
 
 Three quarters of xlm-roberta-base are embeddings of 250,002 wordpieces, most of them of other languages. Kept are those
-of the training sentences, those of the language's most frequent words (wordfreq, Speer 2022), all of a single
-character, and the special tokens. A unigram tokenizer takes the most probable way to cut a text, so a text whose own
-wordpieces are all kept is cut as before, and every vector of it stays the same; another one is cut into smaller pieces.
+of all training sentences that the data has, those of the language's most frequent words (wordfreq, Speer 2022), all of
+a single character, the special tokens, and of the other wordpieces in the language's script the most probable ones. A
+unigram tokenizer takes the most probable way to cut a text, so a text whose own wordpieces are all kept is cut as
+before, and every vector of it stays the same; another one is cut into smaller pieces.
 """
 
+import itertools
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -24,28 +28,48 @@ from wasabi import msg
 
 import token_ner  # noqa: F401  registers what a trained pipeline is made of
 from atomic import link_or_copy, replacing
-from encoder import Encoder
+from convert import make_doc, repair
+from encoder import Encoder, row_scales
 from errors import UserError, one_sentence
+from panx import read_tsv, split_path
+
+WORDS = 150_000  # of wordfreq's list: further ones bring hardly any wordpiece
+SHARE = 0.05  # of a text's letters: a script with fewer of them is not its language's
 
 
-def frequent_words(lang: str, count: int) -> list[str]:
+def frequent_words(lang: str) -> list[str]:
     """The language's most frequent words, in lower case and with a capital; none for a language wordfreq lacks."""
     try:
-        words = wordfreq.top_n_list(lang, count)
+        words = wordfreq.top_n_list(lang, WORDS)
     except LookupError:
-        msg.warn(f"wordfreq knows no words of {lang!r}; only the wordpieces of the training sentences are kept.")
+        msg.warn(f"wordfreq knows no words of {lang!r}; the training sentences alone say what is needed most.")
         return []
     return [*words, *(word.capitalize() for word in words)]
 
 
-def needed_ids(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[int]:
-    """The ids, in order, of the texts' wordpieces, of those of a single character, and of the special tokens."""
-    vocabulary = tokenizer.get_vocab()
-    kept = {*tokenizer.all_special_ids, tokenizer.unk_token_id}
-    kept |= {number for piece, number in vocabulary.items() if len(piece) == 1}
-    for encoding in tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False):
+def scripts(text: str) -> Counter[str]:
+    """How many of the text's letters each script has, by the first word of their Unicode names: LATIN, GREEK, CJK."""
+    return Counter(unicodedata.name(character, "?").split()[0] for character in text if character.isalpha())
+
+
+def needed_ids(
+    tokenizer: PreTrainedTokenizerFast, sentences: Sequence[str], words: Sequence[str], pieces: int
+) -> list[int]:
+    """The ids, in order, of the wordpieces to keep.
+
+    These are the special tokens, all of a single character, all of the sentences and of the words, and then the most
+    probable ones in the sentences' scripts, until there are `pieces` in all.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])  # the most probable first
+    kept = {*tokenizer.all_special_ids, tokenizer.unk_token_id} - {None}
+    kept |= {number for piece, number in vocabulary if len(piece) == 1}
+    for encoding in tokenizer.backend_tokenizer.encode_batch([*sentences, *words], add_special_tokens=False):
         kept.update(encoding.ids)
-    return sorted(kept - {None})
+    letters = scripts("".join(sentences))
+    own = {script for script, count in letters.items() if count >= SHARE * letters.total()}
+    others = (number for piece, number in vocabulary if number not in kept and own.issuperset(scripts(piece)))
+    kept.update(itertools.islice(others, max(pieces - len(kept), 0)))
+    return sorted(kept)
 
 
 def trim(model: Encoder, kept: Sequence[int]) -> None:
@@ -144,25 +168,42 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, bytes | int, int]]:
         yield number, start, value, place
 
 
-def halve(model: Encoder) -> None:
-    """Rounds the transformer's weights to 16 bits (IEEE 754 binary16), in which they are then stored.
+def round_weights(model: Encoder, bits: int) -> None:
+    """Rounds the transformer's weights to what fits into so many bits, in which they are then stored.
 
-    Raises UserError for a weight that is too large for it.
+    bits: 8, each row of a matrix then has a scale of its own and the other weights have 16; or 16 (IEEE 754 binary16).
+    Raises UserError for another number, and for a weight that is too large for 16 bits.
     """
+    if bits not in (8, 16):
+        raise UserError(
+            f"Weights cannot be stored in {bits} bits, expected 8 or 16; set --vars.slim_bits to one of them."
+        )
     for name, parameter in model.transformer.named_parameters():
-        half = parameter.data.half()
-        if not torch.isfinite(half).all():
+        weights = parameter.data
+        if bits == 8 and weights.dim() == 2:
+            scales = row_scales(weights)
+            parameter.data = (weights / scales).round() * scales
+        elif torch.isfinite(weights.half()).all():
+            parameter.data = weights.half().float()
+        else:
             raise UserError(f"The weights {name} do not fit into 16 bits; store them in full with --vars.slim false.")
-        parameter.data = half.float()
 
 
-def slim(nlp: Language, texts: Iterable[str], lang: str, words: int) -> tuple[int, int]:
-    """Trims the vocabulary and halves the weights of a trained pipeline; returns how many wordpieces it had and has."""
+def training_texts(data: Path, corpus: Path, lang: str) -> list[str]:
+    """All training sentences of the data, also those that were not trained on, and those of the corpus."""
+    sentences = [repair(sentence)[0] for sentence in read_tsv(split_path(data, "train", lang))]
+    vocab = spacy.blank(lang).vocab
+    docs = [make_doc(vocab, sentence) for sentence in sentences if sentence.words]
+    return [doc.text for doc in [*docs, *DocBin().from_disk(corpus).get_docs(vocab)]]
+
+
+def slim(nlp: Language, sentences: Sequence[str], lang: str, pieces: int, bits: int) -> tuple[int, int]:
+    """Trims the vocabulary and rounds the weights of a trained pipeline; returns how many wordpieces it had and has."""
     model = nlp.get_pipe("transformer").model
     before = len(model.tokenizer)
-    kept = needed_ids(model.tokenizer, [*texts, *frequent_words(lang, words)])
+    kept = needed_ids(model.tokenizer, sentences, frequent_words(lang), pieces)
     trim(model, kept)
-    halve(model)
+    round_weights(model, bits)
     return before, len(kept)
 
 
@@ -170,19 +211,20 @@ def main(
     model: Annotated[Path, typer.Argument(help="Trained pipeline", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Folder for what is evaluated and packaged", show_default=False)],
     make_slim: Annotated[bool, typer.Argument(help="false: leave it as it is", show_default=False)],
-    corpus: Annotated[Path, typer.Option(help="Training sentences (.spacy), whose wordpieces are kept")],
+    data: Annotated[Path, typer.Option(help="Folder with the training sentences as TSV")],
+    corpus: Annotated[Path, typer.Option(help="The sentences that were trained on (.spacy)")],
     lang: Annotated[str, typer.Option(help="Language whose most frequent words' wordpieces are kept")],
-    words: Annotated[int, typer.Option(help="How many of them")],
+    pieces: Annotated[int, typer.Option(help="Wordpieces to keep in all", min=1)],
+    bits: Annotated[int, typer.Option(help="Bits of a weight: 8 or 16")],
 ) -> None:
-    """Drop the wordpieces that the language does not need and store the weights in 16 bits."""
+    """Drop the wordpieces that the language does not need and store the weights in few bits."""
     with one_sentence(), replacing(output) as folder:
         if not make_slim:
             shutil.copytree(model, folder, copy_function=link_or_copy)
             msg.good(f"{output}: the trained pipeline as it is")
             return
         nlp = spacy.load(model)
-        texts = (doc.text for doc in DocBin().from_disk(corpus).get_docs(nlp.vocab))
-        before, after = slim(nlp, texts, lang, words)
+        before, after = slim(nlp, training_texts(data, corpus, lang), lang, pieces, bits)
         nlp.to_disk(folder)
         sizes = [(path / "transformer" / "model").stat().st_size / 1e6 for path in (model, folder)]
         msg.good(f"{output}: {after:,} of {before:,} wordpieces; {sizes[1]:,.0f} MB instead of {sizes[0]:,.0f} MB")

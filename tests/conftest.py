@@ -98,7 +98,7 @@ TRAINED = {
     "head_learning_rate_scale": 2,
     "epochs": 40,
     "extra_train": "PAN-X.es",
-    "slim": True,
+    "slim_pieces": 400,
     **dict.fromkeys(("train_size", "dev_size", "test_size"), 0),
 }
 

@@ -1,10 +1,12 @@
+import copy
+
 import numpy
 import pytest
 import spacy
 import torch
 from spacy.tokens import Doc
 from spacy.training import Example
-from thinc.api import Optimizer
+from thinc.api import Adam, ConfigValidationError, Optimizer
 from transformers import AutoModel, AutoTokenizer
 
 import encoder
@@ -20,11 +22,15 @@ def pipeline(folder, architecture="panx_xlmr.TransformerModel.v1", **settings):
     nlp = spacy.blank("it")
     model = {"@architectures": architecture, "name": str(folder), "tokenizer_config": {"use_fast": True}} | settings
     if architecture.startswith("panx"):
-        model |= {"mixed_precision": False, "transformer_config": {}}
+        model = {"mixed_precision": False, "transformer_config": {}} | model
     nlp.add_pipe("transformer", config={"model": model})
     nlp.add_pipe("token_ner", name="ner")
     nlp.initialize(lambda: [annotated(nlp)])
     return nlp
+
+
+def shim(nlp):
+    return nlp.get_pipe("transformer").model.layers[0].shims[0]
 
 
 def annotated(nlp):
@@ -207,3 +213,71 @@ def test_a_tokenizer_that_gives_no_positions_is_refused(tiny_encoder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, use_fast=False)
     with pytest.raises(ValueError, match="no fast tokenizer.*tokenizer.json"):
         encoder.wordpiece_windows(tokenizer, [nlp.make_doc("Bari")])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_and_its_gradients_are_pytorchs(bias):
+    torch.manual_seed(0)
+    theirs = torch.nn.Linear(40, 30, bias=bias)
+    ours = copy.deepcopy(theirs)
+    ours.__class__ = encoder.Linear
+    results = []
+    for layer in (theirs, ours):
+        x = torch.linspace(-1, 1, 4 * 7 * 40).view(4, 7, 40).requires_grad_()
+        output = layer(x)
+        output.backward(torch.linspace(1, 2, output.numel()).view_as(output))
+        with torch.inference_mode():
+            assert torch.allclose(layer(x), output, atol=1e-5)
+        results.append([output, x.grad, *(parameter.grad for parameter in layer.parameters())])
+    for their, our in zip(*results, strict=True):
+        assert torch.allclose(their, our, rtol=1e-5, atol=1e-4)
+
+
+def test_a_frozen_linear_layer_passes_the_gradient_on():
+    layer = torch.nn.Linear(3, 2).requires_grad_(False)
+    layer.__class__ = encoder.Linear
+    x = torch.ones(1, 3, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad[0], layer.weight.sum(dim=0))
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.1), ("int8", 0.3)])
+def test_lower_precision_gives_almost_the_same_vectors_and_keeps_the_weights(tiny_encoder, precision, tolerance):
+    exact, fast = pipeline(tiny_encoder), pipeline(tiny_encoder, precision=precision)
+    texts = ["Anna vive a Bari.", "La Banca d'Italia di Roma"]
+    for one, two in zip(vectors(exact, texts), vectors(fast, texts), strict=True):
+        assert two.dtype == numpy.float32
+        assert 0 < numpy.abs(one - two).max() < tolerance
+    assert shim(fast).to_bytes() == shim(exact).to_bytes()
+
+
+def test_after_an_update_lower_precision_predicts_with_the_new_weights(tiny_encoder):
+    nlp = pipeline(tiny_encoder, precision="bfloat16")
+    (before,) = vectors(nlp, ["Anna vive a Bari."])
+    update_twice(nlp)
+    (after,) = vectors(nlp, ["Anna vive a Bari."])
+    assert numpy.abs(after - before).max() > 0.05
+
+
+def test_embeddings_learn_when_a_program_calls_update(tiny_encoder):
+    nlp = pipeline(tiny_encoder)
+    table = shim(nlp)._model.get_input_embeddings().weight
+    before = table.detach().clone()
+    update_twice(nlp)
+    learnt = (table.detach() != before).any(dim=1).nonzero().flatten().tolist()
+    assert learnt == sorted(set(nlp.get_pipe("transformer").model.tokenizer(annotated(nlp).text)["input_ids"]))
+
+
+def update_twice(nlp):
+    # `nlp.update` updates the transformer before the pipe behind it has passed its gradient back: at the next call
+    for _ in range(2):
+        nlp.update([annotated(nlp)], sgd=Adam(0.01))
+
+
+def test_a_loaded_pipeline_takes_another_precision_from_its_config(nlp, tmp_path):
+    nlp.to_disk(tmp_path)
+    loaded = spacy.load(tmp_path, config={"components.transformer.model.precision": "int8"})
+    assert shim(loaded).precision == "int8"
+    with pytest.raises(ConfigValidationError, match="precision"):
+        spacy.load(tmp_path, config={"components.transformer.model.precision": "int4"})

@@ -1,8 +1,10 @@
+import pickle
+
 import numpy
 import pytest
 import sentencepiece
 import spacy
-import torch
+import srsly
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +28,7 @@ def trimmed(tiny_encoder):
     """The pipeline with the wordpieces of two texts only, and the ids that they had before."""
     nlp = pipeline(tiny_encoder)
     model = nlp.get_pipe("transformer").model
-    kept = slim_script.needed_ids(model.tokenizer, KEPT)
+    kept = slim_script.needed_ids(model.tokenizer, KEPT, [], 1)
     slim_script.trim(model, kept)
     return nlp, kept
 
@@ -71,21 +73,51 @@ def test_special_tokens_keep_their_meaning(trimmed):
     assert tokenizer.convert_ids_to_tokens(tokenizer.mask_token_id) == "<mask>"
 
 
-def test_what_was_made_slim_is_the_same_after_saving_and_loading(trimmed, tmp_path):
+@pytest.mark.parametrize(("bits", "share"), [(8, 0.29), (16, 0.53)])
+def test_rounded_weights_are_stored_in_their_bits_and_loaded_as_they_were(trimmed, tmp_path, bits, share):
     nlp, _ = trimmed
-    slim_script.halve(nlp.get_pipe("transformer").model)
+    nlp = pickle.loads(pickle.dumps(nlp))
+    model = nlp.get_pipe("transformer").model
+    slim_script.round_weights(model, bits)
     nlp.to_disk(tmp_path)
     loaded = spacy.load(tmp_path)
     text = "Né Anna né il 7º Ufficio ☂"
     assert pieces(loaded, text) == pieces(nlp, text)
     assert numpy.array_equal(vectors(loaded, [text])[0], vectors(nlp, [text])[0])
+    message = srsly.msgpack_loads(model.layers[0].shims[0].to_bytes())
+    assert len(message["state"]) < share * 4 * sum(p.numel() for p in model.transformer.parameters())
+
+
+def test_weights_in_8_bits_are_off_by_less_than_half_a_step_of_their_row(tiny_encoder):
+    model = pipeline(tiny_encoder).get_pipe("transformer").model
+    before = {name: parameter.data.clone() for name, parameter in model.transformer.named_parameters()}
+    slim_script.round_weights(model, 8)
+    for name, parameter in model.transformer.named_parameters():
+        if parameter.dim() == 2:
+            steps = before[name].abs().amax(dim=1, keepdim=True) / 127 * (1 + 2**-15)
+            assert ((parameter.data - before[name]).abs() <= steps / 2 * (1 + 1e-6)).all(), name
 
 
 def test_weights_too_large_for_16_bits_are_refused(tiny_encoder):
     model = pipeline(tiny_encoder).get_pipe("transformer").model
     next(model.transformer.parameters()).data[5, 5] = 1e6
     with pytest.raises(UserError, match="do not fit into 16 bits.*--vars.slim false"):
-        slim_script.halve(model)
+        slim_script.round_weights(model, 16)
+
+
+def test_another_number_of_bits_is_refused(whole):
+    with pytest.raises(UserError, match="4 bits, expected 8 or 16"):
+        slim_script.round_weights(whole.get_pipe("transformer").model, 4)
+
+
+def test_further_wordpieces_are_the_most_probable_in_the_sentences_script(whole):
+    tokenizer = whole.get_pipe("transformer").model.tokenizer
+    few, more = (slim_script.needed_ids(tokenizer, KEPT, [], pieces) for pieces in (1, 400))
+    added = tokenizer.convert_ids_to_tokens(sorted(set(more) - set(few)))
+    assert len(more) == 400 and set(few) < set(more)
+    assert set(slim_script.scripts("".join(added))) == {"LATIN"}
+    left = set(range(max(set(more) - set(few)))) - set(more)
+    assert all(set(slim_script.scripts(tokenizer.convert_ids_to_tokens(i))) - {"LATIN"} for i in left)
 
 
 def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
@@ -109,7 +141,8 @@ def test_the_command_makes_a_pipeline_that_finds_the_same(whole, tmp_path, make_
     whole.to_disk(tmp_path / "model-last")
     docs = [Doc(whole.vocab, words=text.split()) for text in KEPT]
     DocBin(docs=docs).to_disk(tmp_path / "train.spacy")
-    options = ["--corpus", tmp_path / "train.spacy", "--lang", "it", "--words", 100]
+    (tmp_path / "train-it.tsv").write_text("Anna\tB-PER\n\n \tO\n")
+    options = ["--data", tmp_path, "--corpus", tmp_path / "train.spacy", "--lang", "it", "--pieces", 300, "--bits", 8]
     result = run(tmp_path / "model-last", tmp_path / "model", make_slim, *options)
     assert result.exit_code == 0, result.output
     before, after = ((tmp_path / name / "transformer" / "model").stat().st_size for name in ("model-last", "model"))
@@ -117,18 +150,18 @@ def test_the_command_makes_a_pipeline_that_finds_the_same(whole, tmp_path, make_
     assert len(spacy.load(tmp_path / "model")(KEPT[0])) == 5
 
 
+def test_wordpieces_of_sentences_that_were_not_trained_on_are_kept_too(tmp_path):
+    (tmp_path / "train-it.tsv").write_text("dell'\tO\nEtna\tB-LOC\n\nBari\tB-LOC\n")
+    DocBin(docs=[Doc(spacy.blank("it").vocab, words=["Anna"], spaces=[False])]).to_disk(tmp_path / "train.spacy")
+    texts = slim_script.training_texts(tmp_path, tmp_path / "train.spacy", "it")
+    assert texts == ["dell' Etna", "Bari", "Anna"]
+
+
 def test_a_language_without_word_list_keeps_what_the_training_sentences_need(capsys):
-    assert slim_script.frequent_words("xx", 10) == []
+    assert slim_script.frequent_words("xx") == []
     assert "xx" in capsys.readouterr().out
 
 
 def test_the_most_frequent_words_come_in_lower_case_and_with_a_capital():
-    words = slim_script.frequent_words("it", 10)
+    words = slim_script.frequent_words("it")
     assert {"che", "Che"} <= set(words)
-    assert len(words) == 20
-
-
-def test_all_parameters_are_on_16_bit_values_after_halving(tiny_encoder):
-    model = pipeline(tiny_encoder).get_pipe("transformer").model
-    slim_script.halve(model)
-    assert all(torch.equal(p.data, p.data.half().float()) for p in model.transformer.parameters())
