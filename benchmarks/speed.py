@@ -1,0 +1,364 @@
+"""How fast the pipeline is, beside what its users could pick instead: same weights, same texts, same threads, one run.
+
+    python benchmarks/speed.py training/model --test corpus/test.spacy
+
+Compared are the pipeline in each precision, as a stream and text by text; `transformers.pipeline` at its best batch
+size; stock spacy-transformers with spaCy's `ner`; and with --package any spaCy pipeline that is installed. Each is a
+process of its own, and they take turns: medians of the rounds, with the least and the most. The encoder's weights are
+the pipeline's own in all of them. `transformers.pipeline` has the pipeline's linear layer as its head, without what the
+CRF adds, and takes each word's first wordpiece. The `ner` has random weights, which cost what trained ones do: its F1
+means nothing and is left out.
+
+With --recipe, the script that benchmarks/accuracy.py compares with, training is measured too. --plot draws how the cost
+grows with the length of a text and with the size of a batch.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib.pyplot as plt
+import numpy
+import spacy
+import srsly
+import typer
+from spacy.language import Language
+from spacy.tokens import DocBin
+from wasabi import msg
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import encoder as encoder_module  # noqa: E402
+import token_ner  # noqa: E402, F401
+
+OURS = {f"this pipeline, {precision}": precision for precision in ("float32", "bfloat16", "int8")}
+EXACT = "this pipeline, float32"
+PLAIN = "this pipeline, PyTorch's own linear layers"
+HUGGING_FACE = "transformers.pipeline"
+STOCK = "spacy-transformers + ner"
+BATCH_SIZES = (1, 8, 16, 32, 64, 128)
+LENGTHS = (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
+STOCK_CONFIG = {
+    "@architectures": "spacy-transformers.TransformerModel.v3",
+    "get_spans": {"@span_getters": "spacy-transformers.strided_spans.v1", "window": 128, "stride": 96},
+    "tokenizer_config": {"use_fast": True},
+}
+Entities = list[tuple[int, int, str]]
+Annotate = Callable[[Sequence[str]], Iterator[Entities]]
+
+
+def entities(nlp: Language) -> Annotate:
+    """The function that streams texts through a pipeline, with its own batch size; a single text is called with."""
+
+    def annotate(texts: Sequence[str]) -> Iterator[Entities]:
+        for doc in nlp.pipe(texts) if len(texts) > 1 else map(nlp, texts):
+            yield [(ent.start_char, ent.end_char, ent.label_) for ent in doc.ents]
+
+    return annotate
+
+
+def save_hugging_face(nlp: Language, folder: Path) -> None:
+    """Saves the pipeline's encoder and linear layer as a model for token classification, and its tokenizer."""
+    from transformers import AutoModelForTokenClassification
+
+    ner, objects = nlp.get_pipe("ner"), nlp.get_pipe("transformer").model.layers[0].shims[0]._hfmodel
+    tags = dict(enumerate(ner.tags))
+    config = objects.transformer.config
+    config.id2label, config.label2id = tags, {tag: number for number, tag in tags.items()}
+    model = AutoModelForTokenClassification.from_config(config)
+    getattr(model, model.base_model_prefix).load_state_dict(objects.transformer.state_dict())
+    output = ner.model.get_ref("output_layer")
+    for name, parameter in (("W", model.classifier.weight), ("b", model.classifier.bias)):
+        parameter.data.copy_(encoder_module.xp2torch(output.get_param(name)))
+    model.save_pretrained(folder)
+    objects.tokenizer.save_pretrained(folder)
+
+
+def hugging_face(folder: Path, batch_size: int) -> Annotate:
+    """`transformers.pipeline` on the model in the folder."""
+    from transformers import pipeline
+
+    classify = pipeline("token-classification", str(folder), aggregation_strategy="first", batch_size=batch_size)
+
+    def annotate(texts: Sequence[str]) -> Iterator[Entities]:
+        for found in classify(list(texts)):
+            yield [(int(ent["start"]), int(ent["end"]), ent["entity_group"]) for ent in found]
+
+    return annotate
+
+
+def stock(nlp: Language, folder: Path) -> Annotate:
+    """spacy-transformers' own layer with the encoder in the folder, and spaCy's `ner` on it."""
+    blank = spacy.blank(nlp.lang)
+    blank.add_pipe("transformer", config={"model": STOCK_CONFIG | {"name": str(folder)}})
+    listener = {"@architectures": "spacy-transformers.TransformerListener.v1", "grad_factor": 1.0}
+    listener["pooling"] = {"@layers": "reduce_mean.v1"}
+    parser = {"@architectures": "spacy.TransitionBasedParser.v2", "state_type": "ner", "extra_state_tokens": False}
+    parser |= {"hidden_width": 64, "maxout_pieces": 2, "use_upper": False, "tok2vec": listener}
+    ner = blank.add_pipe("ner", config={"model": parser})
+    for label in nlp.get_pipe("ner").labels:
+        ner.add_label(label)
+    blank.initialize()
+
+    def annotate(texts: Sequence[str]) -> Iterator[Entities]:
+        for doc in blank.pipe(texts) if len(texts) > 1 else map(blank, texts):
+            doc._.trf_data = None
+            yield [(ent.start_char, ent.end_char, ent.label_) for ent in doc.ents]
+
+    return annotate
+
+
+def make(name: str, model: Path, folder: Path) -> Annotate:
+    """The system called `name`; `folder` has what `save_hugging_face` writes."""
+    if name.startswith(HUGGING_FACE):
+        return hugging_face(folder, int(name.split()[-1]))
+    if name.startswith("package "):
+        return entities(spacy.load(name.removeprefix("package ")))
+    precision = OURS.get(name, "float32")
+    nlp = spacy.load(model, config={"components.transformer.model.precision": precision})
+    if name == STOCK:
+        return stock(nlp, folder)
+    if name == PLAIN:
+        for module in nlp.get_pipe("transformer").model.transformer.modules():
+            if type(module) is encoder_module.Linear:
+                module.__class__ = module.__class__.__base__
+    return entities(nlp)
+
+
+def work(name: str, model: Path, folder: Path) -> None:
+    """The loop of a system's process: takes requests from standard input, a line of JSON each, and answers so."""
+    annotate = make(name, model, folder)
+    for line in sys.stdin:
+        request = json.loads(line)
+        texts, answer = request["texts"], {}
+        start = time.perf_counter()
+        if request["single"]:
+            seconds = []
+            for text in texts:
+                before = time.perf_counter()
+                list(annotate([text]))
+                seconds.append(time.perf_counter() - before)
+            answer["percentiles"] = [float(p) for p in numpy.percentile(seconds, [50, 95])]
+        else:
+            found = list(annotate(texts))
+            answer["entities"] = found if request["entities"] else None
+        answer["seconds"] = time.perf_counter() - start
+        # getrusage would count what the parent had before this program took its place
+        status = Path("/proc/self/status").read_text()
+        answer["memory"] = int(next(row.split()[1] for row in status.splitlines() if row.startswith("VmHWM"))) / 1e6
+        print("\n" + json.dumps(answer), flush=True)
+
+
+class System:
+    """A system in a process of its own."""
+
+    def __init__(self, name: str, model: Path, folder: Path, threads: int) -> None:
+        self.name = name
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, __file__, str(model), "--work", name, "--folder", str(folder)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
+
+    def ask(self, texts: Sequence[str], single: bool = False, entities: bool = False) -> dict[str, Any]:
+        """What `work` answers. Raises RuntimeError where the process has ended."""
+        request = {"texts": list(texts), "single": single, "entities": entities}
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            return json.loads(next(line for line in self.process.stdout if line.startswith("{")))
+        except (BrokenPipeError, StopIteration):
+            raise RuntimeError(f"{self.name} has ended; run it with --work '{self.name}' to see why") from None
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def f1(gold: Sequence[Entities], found: Sequence[Sequence[Any]]) -> float:
+    """Strict F1 by characters, in percent."""
+    pairs = [({tuple(e) for e in g}, {tuple(e) for e in f}) for g, f in zip(gold, found, strict=True)]
+    right, expected, given = (
+        sum(len(s) for s in sets) for sets in zip(*((g & f, g, f) for g, f in pairs), strict=True)
+    )
+    return 200 * right / max(expected + given, 1)
+
+
+def spread(values: Sequence[float], form: str = ",.0f") -> str:
+    """Median, least and most."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+
+
+def compare(
+    names: Sequence[str],
+    model: Path,
+    folder: Path,
+    texts: Sequence[str],
+    gold: Sequence[Entities],
+    count: int,
+    rounds: int,
+    threads: int,
+) -> None:
+    """Prints the table of all systems. Speed is that of the first `count` texts, F1 that of all."""
+    timed = texts[:count]
+    words = sum(len(text.split()) for text in timed)
+    singles = timed[:200]
+    systems = {name: System(name, model, folder, threads) for name in names}
+    for system in systems.values():
+        system.ask(timed[:64])
+    speeds: dict[str, list[float]] = {name: [] for name in names}
+    latencies: dict[str, list[list[float]]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, system in systems.items():
+            speeds[name].append(words / system.ask(timed)["seconds"])
+        for name, system in systems.items():
+            latencies[name].append(system.ask(singles, single=True)["percentiles"])
+    rows, found, best = [], {}, {}
+    hugging_face_name = max((n for n in names if n.startswith(HUGGING_FACE)), key=lambda n: max(speeds[n]))
+    for name in names:
+        answer = systems[name].ask(texts, entities=True)
+        systems[name].close()
+        found[name], best[name] = answer["entities"], statistics.median(speeds[name])
+        p50, p95 = (statistics.median(latency[i] for latency in latencies[name]) * 1000 for i in (0, 1))
+        ratio = best[name] / statistics.median(speeds[hugging_face_name])
+        changed = sum(a != b for a, b in zip(found[EXACT], found[name], strict=True))
+        score = "" if name == STOCK else f"{f1(gold, found[name]):.2f}"
+        differ = "" if name == STOCK or name.startswith("package ") else str(changed)
+        figures = [spread(speeds[name]), f"{ratio:.2f}", f"{p50:.1f}", f"{p95:.1f}", f"{answer['memory']:.2f}"]
+        rows.append([name, *figures, score, differ])
+    header = ("system", "words/s", "ratio", "p50 ms", "p95 ms", "GB", "F1", "texts that differ")
+    print(markdown(header, rows))
+    print(
+        f"\n{threads} thread(s), {len(timed)} texts of {words} words, {rounds} rounds; ratio to {hugging_face_name}; "
+    )
+    print(f"F1 from raw text on {len(texts)} texts; latency of one text at a time; differ from {EXACT}.")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def best_batch_size(model: Path, folder: Path, texts: Sequence[str], threads: int) -> str:
+    """`transformers.pipeline` with the batch size that is fastest on the texts."""
+    seconds = {}
+    for size in BATCH_SIZES:
+        system = System(f"{HUGGING_FACE}, batches of {size}", model, folder, threads)
+        system.ask(texts[:64])
+        seconds[system.name] = system.ask(texts)["seconds"]
+        system.close()
+    return min(seconds, key=seconds.get)
+
+
+def plot(names: Sequence[str], model: Path, folder: Path, texts: Sequence[str], threads: int, path: Path) -> None:
+    """Draws words/s against the words of a text, and against the number of texts."""
+    figure, (by_length, by_batch) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    running = " ".join(texts).split()
+    words = (running * (max(LENGTHS) // len(running) + 1))[: max(LENGTHS)]
+    for name in names:
+        system = System(name, model, folder, threads)
+        system.ask(texts[:64])
+        speeds = []
+        for length in LENGTHS:
+            text = " ".join(words[:length])
+            speeds.append(length / min(system.ask([text])["seconds"] for _ in range(3 if length < 3_000 else 1)))
+        by_length.plot(LENGTHS, speeds, marker="o", label=name)
+        sizes = [2**n for n in range(11) if 2**n <= len(texts)]
+        speeds = [
+            sum(len(t.split()) for t in texts[:size]) / min(system.ask(texts[:size])["seconds"] for _ in range(3))
+            for size in sizes
+        ]
+        by_batch.plot(sizes, speeds, marker="o", label=name)
+        system.close()
+    for axes, label in ((by_length, "words of one text"), (by_batch, "texts in a call")):
+        axes.set(xscale="log", xlabel=label, ylabel="words/s", ylim=0)
+        axes.grid(alpha=0.3)
+    by_length.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    msg.good(str(path))
+
+
+def timed_command(command: Sequence[object], cwd: Path, threads: int) -> tuple[float, float]:
+    """Seconds and peak memory in GB of a command. Raises RuntimeError where it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    start = time.perf_counter()
+    with (cwd / "log.txt").open("w") as log:
+        process = subprocess.Popen([str(c) for c in command], cwd=cwd, env=environment, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{(cwd / 'log.txt').read_text()[-2000:]}")
+    return time.perf_counter() - start, usage.ru_maxrss / 1e6
+
+
+def compare_training(recipe: Path, data: Path, encoder: Path, rounds: int, threads: int) -> None:
+    """Prints sentences/s and peak memory of both systems: three epochs' time less one epoch's, validation included."""
+    import accuracy
+
+    sizes = {"train": 480, "validation": 24, "test": 24}
+    accuracy.SIZES |= sizes
+    seconds: dict[str, list[float]] = {"the recipe": [], "this project": []}
+    memory = dict.fromkeys(seconds, 0.0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        accuracy.prepare(folder / "project", data, encoder)
+        steps = sizes["train"] // srsly.read_yaml(ROOT / "project.yml")["vars"]["batch_size"]
+        for _ in range(rounds):
+            measured: dict[tuple[str, int], float] = {}
+            for epochs in (1, 3):
+                plain = [sys.executable, recipe.resolve(), encoder.resolve(), "--epochs", epochs, "--test", 0]
+                plain += ["--train", sizes["train"], "--validation", sizes["validation"]]
+                ours = [sys.executable, "-m", "spacy", "train", "training/config.cfg", "--output", folder / "trained"]
+                ours += ["--code", "scripts/training.py", "--training.max_steps", epochs * steps]
+                ours += ["--training.eval_frequency", steps]
+                for system, command, cwd in (("the recipe", plain, folder), ("this project", ours, folder / "project")):
+                    measured[system, epochs], peak = timed_command(command, cwd, threads)
+                    memory[system] = max(memory[system], peak)
+            for system in seconds:
+                seconds[system].append(2 * sizes["train"] / (measured[system, 3] - measured[system, 1]))
+    rows = [[system, spread(values, ".1f"), f"{memory[system]:.2f}"] for system, values in seconds.items()]
+    print("\n" + markdown(("training", "sentences/s", "GB"), rows))
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Trained pipeline", show_default=False)],
+    test: Annotated[Path, typer.Option(help="Test sentences (.spacy)")] = ROOT / "corpus" / "test.spacy",
+    count: Annotated[int, typer.Option(help="Texts whose time is taken")] = 1500,
+    rounds: Annotated[int, typer.Option(help="How often each system is timed")] = 5,
+    threads: Annotated[int, typer.Option(help="Threads of each system")] = 1,
+    package: Annotated[list[str], typer.Option(help="Installed spaCy pipelines to compare")] = [],  # noqa: B006
+    recipe: Annotated[Path | None, typer.Option(help="The reference's script, for training")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of PAN-X.it, for training")] = None,
+    encoder: Annotated[Path | None, typer.Option(help="Folder of the encoder, for training")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="PNG file of the growth")] = None,
+    work_as: Annotated[str, typer.Option("--work", hidden=True)] = "",
+    folder: Annotated[Path | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Compare the pipeline's speed, memory and F1 with those of other systems."""
+    if work_as:
+        return work(work_as, model, folder)
+    gold_docs = list(DocBin().from_disk(test).get_docs(spacy.blank("xx").vocab))
+    gold = [[(ent.start_char, ent.end_char, ent.label_) for ent in doc.ents] for doc in gold_docs]
+    texts = [doc.text for doc in gold_docs]
+    with tempfile.TemporaryDirectory() as name:
+        save_hugging_face(spacy.load(model), Path(name))
+        batched = best_batch_size(model, Path(name), texts[:count], threads)
+        names = [*OURS, PLAIN, batched, STOCK, *(f"package {p}" for p in package)]
+        compare(names, model, Path(name), texts, gold, count, rounds, threads)
+        if plot_file:
+            plot([*OURS, batched], model, Path(name), texts[:count], threads, plot_file)
+    if recipe and data and encoder:
+        compare_training(recipe, data, encoder, 3, threads)
+
+
+if __name__ == "__main__":
+    typer.run(main)
