@@ -93,13 +93,13 @@ def run(command: Sequence[object], log: Path, cwd: Path, threads: int) -> str:
     return log.read_text(encoding="utf8")
 
 
-def prepare(folder: Path, data: Path, encoder: Path) -> None:
+def prepare(folder: Path, data: Path, encoder: Path, gpu_id: int = -1) -> None:
     """A copy of the project in `folder` with the corpus and the config of the comparison."""
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("configs", "scripts"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / "project.yml", folder)
-    settings = {"gpu_id": -1, "dataset": data.resolve(), "encoder": encoder.resolve()}
+    settings = {"gpu_id": gpu_id, "dataset": data.resolve(), "encoder": encoder.resolve()}
     settings |= {f"{split}_size": SIZES[name] for split, name in zip(("train", "dev", "test"), SIZES, strict=True)}
     overrides = [part for key, value in settings.items() for part in (f"--vars.{key}", value)]
     for command in ("download", "convert", "configure"):
@@ -107,7 +107,9 @@ def prepare(folder: Path, data: Path, encoder: Path) -> None:
         run(spacy, folder / f"{command}.log", folder, os.cpu_count() or 1)
 
 
-def run_project(folder: Path, output: Path, seed: int, changes: dict[str, Any], threads: int) -> dict[str, float]:
+def run_project(
+    folder: Path, output: Path, seed: int, changes: dict[str, Any], threads: int, gpu_id: int = -1
+) -> dict[str, float]:
     """F1, as fractions, of one training with that seed and those changes to the config."""
     output.mkdir(parents=True)
     settings = {
@@ -119,7 +121,7 @@ def run_project(folder: Path, output: Path, seed: int, changes: dict[str, Any], 
     overrides = [part for key, value in settings.items() for part in (f"--{key}", value)]
     code = ROOT / "benchmarks" / "ablations.py"
     spacy = [sys.executable, "-m", "spacy"]
-    train = [*spacy, "train", "training/config.cfg", "--code", code, "--output", output, *overrides]
+    train = [*spacy, "train", "training/config.cfg", "--code", code, "--output", output, "--gpu-id", gpu_id, *overrides]
     run(train, output / "train.log", folder, threads)
     test = [*spacy, "evaluate", output / "model-last", "corpus/test.spacy", "--code", code, "--gold-preproc"]
     run([*test, "--output", output / "test.json"], output / "test.log", folder, threads)
@@ -198,7 +200,7 @@ def main(
     same = {
         "sentences": digest(data.glob("*.tsv")),
         "encoder": digest(encoder.glob("*.safetensors")),
-        **SIZES,
+        **{f"{split}_sentences": size for split, size in SIZES.items()},
         **{name: variables[name] for name in VARS},
     }
     code = {REFERENCE: digest([recipe]), PROJECT: digest([*sources, ROOT / "benchmarks" / "ablations.py"])}

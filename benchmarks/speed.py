@@ -28,6 +28,7 @@ import matplotlib.pyplot as plt
 import numpy
 import spacy
 import srsly
+import torch
 import typer
 from spacy.language import Language
 from spacy.tokens import DocBin
@@ -81,11 +82,12 @@ def save_hugging_face(nlp: Language, folder: Path) -> None:
     objects.tokenizer.save_pretrained(folder)
 
 
-def hugging_face(folder: Path, batch_size: int) -> Annotate:
+def hugging_face(folder: Path, batch_size: int, gpu_id: int) -> Annotate:
     """`transformers.pipeline` on the model in the folder."""
     from transformers import pipeline
 
-    classify = pipeline("token-classification", str(folder), aggregation_strategy="first", batch_size=batch_size)
+    settings = {"aggregation_strategy": "first", "batch_size": batch_size, "device": gpu_id}
+    classify = pipeline("token-classification", str(folder), **settings)
 
     def annotate(texts: Sequence[str]) -> Iterator[Entities]:
         for found in classify(list(texts)):
@@ -115,10 +117,12 @@ def stock(nlp: Language, folder: Path) -> Annotate:
     return annotate
 
 
-def make(name: str, model: Path, folder: Path) -> Annotate:
-    """The system called `name`; `folder` has what `save_hugging_face` writes."""
+def make(name: str, model: Path, folder: Path, gpu_id: int) -> Annotate:
+    """The system called `name`; `folder` has what `save_hugging_face` writes. gpu_id: -1 for the CPU."""
+    if gpu_id >= 0:
+        spacy.require_gpu(gpu_id)
     if name.startswith(HUGGING_FACE):
-        return hugging_face(folder, int(name.split()[-1]))
+        return hugging_face(folder, int(name.split()[-1]), gpu_id)
     if name.startswith("package "):
         return entities(spacy.load(name.removeprefix("package ")))
     precision = OURS.get(name, "float32")
@@ -132,9 +136,9 @@ def make(name: str, model: Path, folder: Path) -> Annotate:
     return entities(nlp)
 
 
-def work(name: str, model: Path, folder: Path) -> None:
+def work(name: str, model: Path, folder: Path, gpu_id: int) -> None:
     """The loop of a system's process: takes requests from standard input, a line of JSON each, and answers so."""
-    annotate = make(name, model, folder)
+    annotate = make(name, model, folder, gpu_id)
     for line in sys.stdin:
         request = json.loads(line)
         texts, answer = request["texts"], {}
@@ -153,16 +157,19 @@ def work(name: str, model: Path, folder: Path) -> None:
         # getrusage would count what the parent had before this program took its place
         status = Path("/proc/self/status").read_text()
         answer["memory"] = int(next(row.split()[1] for row in status.splitlines() if row.startswith("VmHWM"))) / 1e6
+        if gpu_id >= 0:
+            answer["memory"] = torch.cuda.max_memory_reserved() / 1e9
         print("\n" + json.dumps(answer), flush=True)
 
 
 class System:
     """A system in a process of its own."""
 
-    def __init__(self, name: str, model: Path, folder: Path, threads: int) -> None:
+    def __init__(self, name: str, model: Path, folder: Path, threads: int, gpu_id: int = -1) -> None:
         self.name = name
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, __file__, str(model), "--work", name, "--folder", str(folder)]
+        command += ["--gpu-id", str(gpu_id)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment
@@ -182,6 +189,12 @@ class System:
         """Ends the process."""
         self.process.stdin.close()
         self.process.wait()
+
+
+def read_test(path: Path) -> tuple[list[str], list[Entities]]:
+    """The texts of a .spacy file, and their gold entities."""
+    docs = list(DocBin().from_disk(path).get_docs(spacy.blank("xx").vocab))
+    return [doc.text for doc in docs], [[(e.start_char, e.end_char, e.label_) for e in doc.ents] for doc in docs]
 
 
 def f1(gold: Sequence[Entities], found: Sequence[Sequence[Any]]) -> float:
@@ -207,12 +220,13 @@ def compare(
     count: int,
     rounds: int,
     threads: int,
+    gpu_id: int = -1,
 ) -> None:
     """Prints the table of all systems. Speed is that of the first `count` texts, F1 that of all."""
     timed = texts[:count]
     words = sum(len(text.split()) for text in timed)
     singles = timed[:200]
-    systems = {name: System(name, model, folder, threads) for name in names}
+    systems = {name: System(name, model, folder, threads, gpu_id) for name in names}
     for system in systems.values():
         system.ask(timed[:64])
     speeds: dict[str, list[float]] = {name: [] for name in names}
@@ -249,11 +263,11 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
-def best_batch_size(model: Path, folder: Path, texts: Sequence[str], threads: int) -> str:
+def best_batch_size(model: Path, folder: Path, texts: Sequence[str], threads: int, gpu_id: int = -1) -> str:
     """`transformers.pipeline` with the batch size that is fastest on the texts."""
     seconds = {}
     for size in BATCH_SIZES:
-        system = System(f"{HUGGING_FACE}, batches of {size}", model, folder, threads)
+        system = System(f"{HUGGING_FACE}, batches of {size}", model, folder, threads, gpu_id)
         system.ask(texts[:64])
         seconds[system.name] = system.ask(texts)["seconds"]
         system.close()
@@ -300,17 +314,22 @@ def timed_command(command: Sequence[object], cwd: Path, threads: int) -> tuple[f
     return time.perf_counter() - start, usage.ru_maxrss / 1e6
 
 
-def compare_training(recipe: Path, data: Path, encoder: Path, rounds: int, threads: int) -> None:
-    """Prints sentences/s and peak memory of both systems: three epochs' time less one epoch's, validation included."""
+def compare_training(
+    recipe: Path, data: Path, encoder: Path, rounds: int, threads: int, sentences: int = 480, gpu_id: int = -1
+) -> None:
+    """Prints sentences/s and peak memory of both systems: three epochs' time less one epoch's, validation included.
+
+    The recipe takes a GPU by itself if it sees one.
+    """
     import accuracy
 
-    sizes = {"train": 480, "validation": 24, "test": 24}
+    sizes = {"train": sentences, "validation": 24, "test": 24}
     accuracy.SIZES |= sizes
     seconds: dict[str, list[float]] = {"the recipe": [], "this project": []}
     memory = dict.fromkeys(seconds, 0.0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        accuracy.prepare(folder / "project", data, encoder)
+        accuracy.prepare(folder / "project", data, encoder, gpu_id)
         steps = sizes["train"] // srsly.read_yaml(ROOT / "project.yml")["vars"]["batch_size"]
         for _ in range(rounds):
             measured: dict[tuple[str, int], float] = {}
@@ -319,7 +338,7 @@ def compare_training(recipe: Path, data: Path, encoder: Path, rounds: int, threa
                 plain += ["--train", sizes["train"], "--validation", sizes["validation"]]
                 ours = [sys.executable, "-m", "spacy", "train", "training/config.cfg", "--output", folder / "trained"]
                 ours += ["--code", "scripts/training.py", "--training.max_steps", epochs * steps]
-                ours += ["--training.eval_frequency", steps]
+                ours += ["--training.eval_frequency", steps, "--gpu-id", gpu_id]
                 for system, command, cwd in (("the recipe", plain, folder), ("this project", ours, folder / "project")):
                     measured[system, epochs], peak = timed_command(command, cwd, threads)
                     memory[system] = max(memory[system], peak)
@@ -342,13 +361,12 @@ def main(
     plot_file: Annotated[Path | None, typer.Option("--plot", help="PNG file of the growth")] = None,
     work_as: Annotated[str, typer.Option("--work", hidden=True)] = "",
     folder: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    gpu_id: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
     """Compare the pipeline's speed, memory and F1 with those of other systems."""
     if work_as:
-        return work(work_as, model, folder)
-    gold_docs = list(DocBin().from_disk(test).get_docs(spacy.blank("xx").vocab))
-    gold = [[(ent.start_char, ent.end_char, ent.label_) for ent in doc.ents] for doc in gold_docs]
-    texts = [doc.text for doc in gold_docs]
+        return work(work_as, model, folder, gpu_id)
+    texts, gold = read_test(test)
     with tempfile.TemporaryDirectory() as name:
         save_hugging_face(spacy.load(model), Path(name))
         batched = best_batch_size(model, Path(name), texts[:count], threads)

@@ -220,14 +220,20 @@ class TokenNer(TrainablePipe):
     def set_annotations(self, docs: Iterable[Doc], scores: TagScores) -> None:
         """Decodes each Doc's scores and sets its entities."""
         docs = list(docs)
-        to_numpy = self.model.ops.to_numpy
+        if not docs:
+            return
         sequences = [list(tag_sequences(doc)) for doc in docs]
+        # one array for all Docs, since each copy from a GPU waits for it
+        every, *parameters = map(
+            self.model.ops.to_numpy,
+            (self.model.ops.xp.concatenate(scores.emissions), scores.transitions, scores.start),
+        )
+        ends = numpy.cumsum([len(doc_scores) for doc_scores in scores.emissions])
         emissions = [
-            to_numpy(doc_scores)[[start for start, _ in units]]
-            for doc_scores, doc_sequences in zip(scores.emissions, sequences, strict=True)
+            every[[end - len(doc) + start for start, _ in units]]
+            for doc, end, doc_sequences in zip(docs, ends, sequences, strict=True)
             for units in doc_sequences
         ]
-        parameters = to_numpy(scores.transitions), to_numpy(scores.start)
         segments = [list(_entities(tags)) for tags in decode_iob2(emissions, *parameters)]
         probabilities = segment_probabilities(emissions, *parameters, segments, self.temperature)
         found = iter(zip(segments, probabilities, strict=True))
