@@ -1,10 +1,10 @@
 """What slimming costs and gains: size, time to load, peak memory and F1 of the trained pipeline, as it is and slimmed.
 
-    python benchmarks/size.py training/model-last --train corpus/train.spacy --test corpus/test.spacy
+    python benchmarks/size.py training/model-last --data assets/data
 
-Three variants are made of the trained pipeline: as it is, trimmed, trimmed and halved. Each is loaded and run in
-processes of its own. Size is that of the folder as a wheel compresses it. Of the test sentences with kept wordpieces
-only, it is counted how many get other entities than from the whole pipeline.
+Four variants are made of the trained pipeline: as it is, with fewer wordpieces, and that with weights in 16 and in 8
+bits. Each is loaded and run in processes of its own. Size is that of the folder as a wheel compresses it. Of the test
+sentences with kept wordpieces only, it is counted how many get other entities than from the whole pipeline.
 """
 
 import json
@@ -41,18 +41,20 @@ print(json.dumps([loaded, int(peak) / 1e6]))
 
 
 def make_variants(
-    model: Path, folder: Path, texts: list[str], lang: str, words: int
+    model: Path, folder: Path, sentences: list[str], lang: str, count: int
 ) -> tuple[dict[str, Path], set[str]]:
     """Saves the variants in `folder`; returns their folders by name, and the wordpieces that are kept."""
-    nlp = spacy.load(model)
-    encoder = nlp.get_pipe("transformer").model
-    kept = slim_script.needed_ids(encoder.tokenizer, [*texts, *slim_script.frequent_words(lang, words)])
-    pieces = set(encoder.tokenizer.convert_ids_to_tokens(kept))
-    slim_script.trim(encoder, kept)
-    nlp.to_disk(folder / "trimmed")
-    slim_script.halve(encoder)
-    nlp.to_disk(folder / "halved")
-    variants = {"as trained": model, "trimmed": folder / "trimmed", "trimmed, 16 bits": folder / "halved"}
+    variants = {"as trained": model}
+    for name, bits in (("fewer wordpieces", None), ("and 16 bits", 16), ("and 8 bits", 8)):
+        nlp = spacy.load(model)
+        encoder = nlp.get_pipe("transformer").model
+        kept = slim_script.needed_ids(encoder.tokenizer, sentences, slim_script.frequent_words(lang), count)
+        pieces = set(encoder.tokenizer.convert_ids_to_tokens(kept))
+        slim_script.trim(encoder, kept)
+        if bits:
+            slim_script.round_weights(encoder, bits)
+        variants[name] = folder / name
+        nlp.to_disk(variants[name])
     return variants, pieces
 
 
@@ -66,18 +68,20 @@ def zipped_size(folder: Path) -> float:
 
 def main(
     model: Annotated[Path, typer.Argument(help="Trained pipeline, not slimmed", show_default=False)],
-    train: Annotated[Path, typer.Option(help="Training sentences (.spacy)")] = ROOT / "corpus" / "train.spacy",
+    data: Annotated[Path, typer.Option(help="Folder with the training sentences as TSV")] = ROOT / "assets" / "data",
+    train: Annotated[Path, typer.Option(help="What was trained on (.spacy)")] = ROOT / "corpus" / "train.spacy",
     test: Annotated[Path, typer.Option(help="Test sentences (.spacy)")] = ROOT / "corpus" / "test.spacy",
     runs: Annotated[int, typer.Option(help="Times that each variant is loaded")] = 5,
 ) -> None:
-    """Measure the trained pipeline as it is, trimmed, and trimmed and halved."""
+    """Measure the trained pipeline as it is, and made small step by step."""
     variables = srsly.read_yaml(ROOT / "project.yml")["vars"]
-    vocab = spacy.blank(variables["lang"]).vocab
-    texts, test_texts = ([doc.text for doc in DocBin().from_disk(path).get_docs(vocab)] for path in (train, test))
+    lang = variables["lang"]
+    test_texts = [doc.text for doc in DocBin().from_disk(test).get_docs(spacy.blank(lang).vocab)]
+    sentences = slim_script.training_texts(data, train, lang)
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        variants, pieces = make_variants(model, folder, texts, variables["lang"], variables["slim_words"])
+        variants, pieces = make_variants(model, folder, sentences, lang, variables["slim_pieces"])
         entities = {}
         for variant, path in variants.items():
             loads = []

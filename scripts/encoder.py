@@ -46,7 +46,7 @@ WINDOW, OVERLAP = 126, 32
 GROUP_SIZE = {"cpu": 256, "cuda": 16384}
 Precision = Literal["float32", "bfloat16", "int8"]
 # On these processors PyTorch multiplies float32 matrices with MKL unless it is told otherwise.
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine().lower() in ("x86_64", "amd64")
+HAS_ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 if hasattr(os, "register_at_fork"):  # nlp.pipe(n_process=…) forks
