@@ -22,7 +22,7 @@ from errors import UserError
 from panx import SPLITS, TAGS, Sentence, digest, read_tsv, to_tsv
 
 ROOT = Path(__file__).parents[1]
-SLOW = pytest.mark.skipif("FAULT_ROUNDS" not in os.environ, reason="make test-faults runs it")
+SLOW = pytest.mark.skipif("FAULTS" not in os.environ, reason="make test-faults runs it")
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
 NAMES = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")  # as on the Hub: another order than panx.TAGS
 SENTENCES = {
