@@ -1,5 +1,6 @@
 # make demo   the whole workflow on the sample corpus, on any CPU, without a model hub
 # make test   the test suite
+# make test-faults   commands killed, full disks, a failing hub: 50 kills, some 20 minutes
 # make all    the real thing: PAN-X.it and xlm-roberta-base from the Hub, on GPU 0
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ DEMO_VARS = --vars.gpu_id -1 --vars.dataset corpus/sample --vars.dataset_config 
 	--vars.batch_size 8 --vars.epochs 2
 DEMO_VENV := build/demo-venv
 
-.PHONY: all demo test venv
+.PHONY: all demo test test-faults venv
 
 .venv/requirements.txt: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -39,3 +40,6 @@ demo: venv
 test: .venv/requirements-dev.txt
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+test-faults: .venv/requirements-dev.txt
+	FAULTS=1 $(BIN)/python -m pytest -s tests/faults tests/test_download.py

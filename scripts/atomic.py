@@ -12,8 +12,8 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path` for a file or a folder; it replaces `path` only if the block succeeds.
 
-    Raises OSError as the file system does. On any error the temporary is removed and `path` stays as it was. What
-    killed processes left beside `path` is removed first.
+    Raises OSError as the file system does, naming `path` where it names no file. On any error the temporary is removed
+    and `path` stays as it was. What killed processes left beside `path` is removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
@@ -26,6 +26,9 @@ def replacing(path: Path) -> Iterator[Path]:
         if temporary.is_dir():
             _remove(path)  # a folder can't be renamed onto one that has files in it
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a refused write does not say to which file
+        raise
     finally:
         _remove(temporary)
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import srsly
 import typer
 from wasabi import msg
 
+from atomic import replacing
 from download import HubUnreachable, encoder_files, encoder_problems, hub_commit, local_folder, recorded
 from errors import UserError, one_sentence
 
@@ -142,15 +144,38 @@ def check_disk(encoder: str, assets: Path, findings: Findings) -> None:
         findings.good.append(f"{free / GB:.1f} GB are free, about {need / GB:.1f} GB needed")
 
 
+def mend_lock(path: Path, findings: Findings) -> None:
+    """Drop from project.lock, where spaCy notes which commands are done, what is no such note.
+
+    spaCy writes the file in place, so that a full disk or a kill can cut it off, and then stops at it in every run.
+    """
+    if not path.exists():
+        return
+    try:
+        notes = srsly.read_yaml(path)
+    except ValueError:  # UnicodeDecodeError too
+        notes = None
+    whole = {name: note for name, note in notes.items() if isinstance(note, dict)} if isinstance(notes, dict) else {}
+    if whole != notes:
+        with replacing(path) as temporary:
+            srsly.write_yaml(temporary, whole)
+        findings.warnings.append(
+            f"{path}: cut off, an earlier run was stopped while it was written; commands that it no longer notes as "
+            "done run again."
+        )
+
+
 def main(
     gpu_id: Annotated[str, typer.Option(help="Number of the GPU, -1 for the CPU")],
     dataset: Annotated[str, typer.Option(help="The dataset that download will be given")],
     encoder: Annotated[str, typer.Option(help="The encoder that download will be given")],
     assets: Annotated[Path, typer.Option(help="The folder that download will fill")] = Path("assets"),
+    lock: Annotated[Path, typer.Option(help="Where spaCy notes what is done")] = Path("project.lock"),
 ) -> None:
     """Say what is missing for a run of the whole workflow, and what to do about it."""
     with one_sentence():
         findings = Findings()
+        mend_lock(lock, findings)
         check_gpu(gpu_id, findings)
         check_sources({"dataset": dataset, "encoder": encoder}, assets, findings)
         check_disk(encoder, assets, findings)

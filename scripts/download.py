@@ -8,11 +8,12 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from safetensors import SafetensorError, safe_open
@@ -60,6 +61,7 @@ VOCAB_FILES = {
 }
 COMMIT = re.compile(r"[0-9a-f]{40}")
 BLOCK = 1 << 20
+CUT_SHORT = "Consistency check failed"  # how huggingface_hub's OSError begins where a file has another size
 
 
 class HubUnreachable(UserError):
@@ -142,6 +144,8 @@ def _reason(error: BaseException) -> str:
         return "HF_HUB_OFFLINE is set"
     if (response := getattr(error, "response", None)) is not None:
         return f"HTTP {response.status_code}"
+    if str(error).startswith(CUT_SHORT):
+        return "a file came without its end"
     lines = str(error).strip().splitlines()
     return type(error).__name__ if _is_network(error) or not lines else lines[0][:200]
 
@@ -154,7 +158,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _is_network(error: BaseException) -> bool:
     libraries = ("requests", "urllib3", "httpx", "huggingface_hub")
-    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in libraries
+    known = isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in libraries
+    return known or str(error).startswith(CUT_SHORT)
 
 
 def _raise_for_disk(error: BaseException) -> None:
@@ -207,12 +212,54 @@ def _read_hub(dataset: str, config: str, revision: str) -> Data:
         network = next(filter(_is_network, _causes(error.__cause__)), None)
         if unreachable is None and network is not None:
             unreachable = HubUnreachable({"dataset": dataset}, _reason(network))
+        _refuse_altered(dataset, wanted)
         raise unreachable or error from None
+    try:
+        _refuse_altered(dataset, wanted)
+    except UserError:
+        shutil.rmtree(builder.cache_dir)  # what was made of it
+        raise
     # `datasets` takes the newest revision in its cache, whichever was asked for, when the Hub does not answer
     if COMMIT.fullmatch(wanted) and builder.hash != wanted:
         raise unreachable or HubUnreachable({"dataset": dataset}, "the connection broke off")
     tags, splits = _read_splits(builder, where)
     return Data("hub", dataset, config, tags, splits, revision, builder.hash)
+
+
+def _refuse_altered(dataset: str, commit: str) -> None:
+    """Remove from this machine's cache of the Hub the dataset's files that are not what the Hub announced, which every
+    further run would read again; raise UserError if there is one.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    snapshots = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=dataset, repo_type="dataset") / "snapshots"
+    for file in sorted((snapshots / commit).rglob("*")):
+        original = file.resolve()
+        if original.is_file() and (named := _naming_hash(original)):
+            with original.open("rb") as reader:
+                found = hashlib.file_digest(reader, lambda named=named: named).hexdigest()
+            if found != original.name:
+                _remove_altered(file, f"Dataset file {file.relative_to(snapshots / commit)}", found)
+
+
+def _naming_hash(original: Path) -> "hashlib._Hash | None":
+    """Return the new hash by which the Hub's cache names a file: large ones by their SHA-256, small ones by Git's
+    SHA-1; None where there are no symbolic links, and so no such names.
+    """
+    if len(original.name) == 40:
+        return hashlib.sha1(b"blob %d\0" % original.stat().st_size, usedforsecurity=False)
+    return hashlib.sha256() if len(original.name) == 64 else None
+
+
+def _remove_altered(file: Path, name: str, found: str) -> NoReturn:
+    original = file.resolve()
+    file.unlink()
+    original.unlink(missing_ok=True)
+    raise UserError(
+        f"{name}: its hash is {found}, the Hub announced {original.name}; it is removed from the Hub's cache, run the "
+        "command again."
+    )
 
 
 def _load(path: str, config: str, revision: str | None, cache: str | None, where: str) -> "DatasetBuilder":
@@ -454,26 +501,19 @@ def copy_encoder(source: Path, target: Path, *, from_cache: bool) -> dict[str, d
             size = original.stat().st_size
             linked = from_cache and _linked(original, target / file.name)
             sha256 = hashlib.sha256()
-            # the cache names large files by their SHA-256, small ones by Git's SHA-1; without symbolic links by neither
-            git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-            named = {64: sha256, 40: git}.get(len(original.name)) if from_cache else None
+            named = _naming_hash(original) if from_cache else None
             with contextlib.ExitStack() as stack:
                 reader = stack.enter_context(original.open("rb"))
                 writer = None if linked else stack.enter_context((target / file.name).open("wb"))
                 while block := reader.read(BLOCK):
                     sha256.update(block)
-                    if named is git:
-                        git.update(block)
+                    if named:
+                        named.update(block)
                     if writer:
                         writer.write(block)
                     bar.update(len(block))
             if named and named.hexdigest() != original.name:
-                file.unlink()
-                original.unlink(missing_ok=True)
-                raise UserError(
-                    f"Encoder file {file.name}: its hash is {named.hexdigest()}, the Hub announced {original.name}; "
-                    "it is removed from the Hub's cache, run the command again."
-                )
+                _remove_altered(file, f"Encoder file {file.name}", named.hexdigest())
             record[file.name] = {"bytes": size, "sha256": sha256.hexdigest()}
     return record
 

@@ -1,6 +1,7 @@
 """Errors that a user can mend: printed as one sentence, exit code 1, no traceback."""
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Iterator
 
@@ -21,5 +22,8 @@ def one_sentence() -> Iterator[None]:
         sys.exit(1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        msg.fail(f"{where}{error.strerror or error}; free the space or the path it names and run the command again.")
+        reason = error.strerror or error
+        if isinstance(error, shutil.Error):  # all that copytree could not copy: (source, target, why) of each
+            reason = error.args[0][0][2]
+        msg.fail(f"{where}{reason}; free the space or the path it names and run the command again.")
         sys.exit(1)

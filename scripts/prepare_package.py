@@ -94,6 +94,25 @@ def hyperparameters(config: Config) -> list[tuple[str, object]]:
     ]
 
 
+def whole_training(path: Path, config: Config) -> list[dict[str, Any]]:
+    """The rows of metrics/training.jsonl, of the training that the interpolated config describes.
+
+    Raises UserError where they end before that training does: another one was stopped since.
+    """
+    steps = config["training"]["max_steps"]
+    try:
+        rows = list(srsly.read_jsonl(path))
+    except ValueError:  # cut off in the middle of a line
+        rows = []
+    last = rows[-1]["step"] if rows else 0
+    if last != steps:
+        raise UserError(
+            f"{path}: ends at step {last}, expected {steps}, where the pipeline's training ended; a training was "
+            "stopped since: run `spacy project run all` again."
+        )
+    return rows
+
+
 def model_card(template: str, **facts: Any) -> str:
     """README.md of the package, in Markdown. Raises jinja2.UndefinedError for a fact that the template names and that
     is missing.
@@ -163,16 +182,17 @@ def main(
             test=test,
             raw_text=raw_text,
         )
+        config = load_config(model / "config.cfg").interpolate()
         meta = srsly.read_json(model / "meta.json") | own
         card = model_card(
             (configs / "model_card.md").read_text(encoding="utf8"),
             meta=meta,
             test=test,
             raw_text=raw_text,
-            training=list(srsly.read_jsonl(metrics / "training.jsonl")),
+            training=whole_training(metrics / "training.jsonl", config),
             stats=srsly.read_json(stats),
             temperature=srsly.read_json(model / "ner" / "cfg").get("temperature", 1.0),
-            hyperparameters=hyperparameters(load_config(model / "config.cfg").interpolate()),
+            hyperparameters=hyperparameters(config),
             slim=slim,
             panx=origin["data"]["config"].startswith("PAN-X"),
         )

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import numpy
 import pytest
+import srsly
 from safetensors.numpy import save_file
 
 import check as module
-from check import GB, Findings, check_disk, check_gpu, check_sources
+from check import GB, Findings, check_disk, check_gpu, check_sources, mend_lock
 from download import HubUnreachable
 from errors import UserError
 
@@ -246,6 +247,44 @@ def test_what_an_earlier_run_left_counts_as_room(free, tmp_path):
     (tmp_path / "project" / "training" / "model-last").mkdir(parents=True)
     (tmp_path / "project" / "training" / "model-last" / "model").write_bytes(b"x" * 100)
     assert not disk(tmp_path).problems
+
+
+NOTES = {"train": {"cmd": "spacy project run train", "outs": []}, "slim": {"cmd": "spacy project run slim"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("", {}),
+        ("train:\n  cmd: 'spacy pro", {}),
+        ("train:\n  cmd: x\nslim:\n", {"train": {"cmd": "x"}}),
+        ("- train\n", {}),
+        ("\0\0", {}),
+    ],
+)
+def test_a_lock_that_was_cut_off_is_mended_and_said_so(tmp_path, text, left):
+    path = tmp_path / "project.lock"
+    path.write_text(text)
+    findings = Findings()
+    mend_lock(path, findings)
+    assert srsly.read_yaml(path) == left
+    assert (findings.problems, len(findings.warnings)) == ([], 1)
+    assert f"{path}: cut off" in findings.warnings[0]
+    assert [file.name for file in tmp_path.iterdir()] == ["project.lock"]
+
+
+def test_a_whole_lock_stays_as_it_is(tmp_path):
+    path = tmp_path / "project.lock"
+    srsly.write_yaml(path, NOTES)
+    before = path.read_bytes()
+    for _ in range(2):
+        findings = Findings()
+        mend_lock(path, findings)
+        assert findings.warnings == []
+        assert path.read_bytes() == before
+    path.unlink()
+    mend_lock(path, findings)
+    assert not path.exists()
 
 
 def run(tmp_path, *options):

@@ -7,7 +7,7 @@ from spacy.util import load_config
 import prepare_package as prepare_package_script
 from conftest import ROOT
 from errors import UserError
-from prepare_package import inference_config, make_meta, prepare_package
+from prepare_package import inference_config, make_meta, prepare_package, whole_training
 
 TEMPLATE = srsly.read_json(ROOT / "configs" / "meta.json")
 PER_TYPE = {label: {"p": 0.8, "r": 0.7, "f": 0.75} for label in ("LOC", "ORG", "PER")}
@@ -106,3 +106,14 @@ def test_figures_of_other_weights_are_not_packaged(refused, tmp_path):
     assert "other weights" in output
     assert "spacy project run evaluate" in output
     assert not (tmp_path / "package").exists()
+
+
+@pytest.mark.parametrize("text", ["", '{"step":70}\n', '{"step":70}\n{"step":140}\n{"st'])
+def test_the_table_of_a_training_that_was_stopped_is_not_packaged(tmp_path, text):
+    path = tmp_path / "training.jsonl"
+    path.write_text(text)
+    config = load_config(ROOT / "configs" / "xlmr.cfg").interpolate()
+    with pytest.raises(UserError, match=r"training\.jsonl: ends at step (0|70), expected 210"):
+        whole_training(path, config)
+    path.write_text('{"step":70}\n{"step":210}\n')
+    assert [row["step"] for row in whole_training(path, config)] == [70, 210]

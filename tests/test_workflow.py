@@ -12,6 +12,7 @@ from spacy.util import load_config
 from weasel.cli.run import load_project_config
 
 import encoder  # noqa: F401  registers what the trained pipeline is loaded with, as does the next
+import start_over
 import token_ner  # noqa: F401
 from conftest import ROOT, vars_of
 
@@ -129,3 +130,24 @@ def test_clean_removes_what_was_made_and_nothing_else(project, tmp_path):
         name for name in ("assets", "training", "metrics") if (copy / name).exists() and any((copy / name).iterdir())
     ]
     assert (copy / "scripts" / "token_ner.py").exists()
+
+
+def test_a_run_goes_on_with_a_lock_that_was_cut_off(project, tmp_path, tiny_encoder):
+    copy = tmp_path / "project"
+    shutil.copytree(project, copy, ignore=shutil.ignore_patterns("model-*", "*.whl"))
+    lock = (copy / "project.lock").read_text()
+    (copy / "project.lock").write_text(lock[: lock.index("slim:") + 6])
+    overrides = {f"vars.{k}": v for k, v in vars_of(project / "data", tiny_encoder).items()}
+    project_run(copy, "check", overrides=overrides)
+    assert list(srsly.read_yaml(copy / "project.lock")) == ["check", "download", "convert", "configure", "train"]
+    project_run(copy, "convert", overrides=overrides)
+
+
+def test_a_training_that_starts_over_says_so(tmp_path, capsys):
+    folder = tmp_path / "unfinished"
+    start_over.main(folder)
+    assert capsys.readouterr().out == ""
+    (folder / "model-last").mkdir(parents=True)
+    start_over.main(folder)
+    assert "Training starts over" in " ".join(capsys.readouterr().out.split())
+    assert not folder.exists()
