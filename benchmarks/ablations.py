@@ -1,11 +1,10 @@
 """What the project would be without one of its choices: registered functions for `spacy train --code`."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy
-from spacy import registry
 from spacy.language import Language
 from spacy.training import Example
 from thinc.api import Model
@@ -41,13 +40,3 @@ class SoftmaxNer(token_ner.TokenNer):
         loss = -float(log_probabilities[rows, gold[rows]].sum()) / count
         zeros = xp.zeros_like(scores.transitions), xp.zeros_like(scores.start)
         return loss, token_ner.TagScores(by_doc, *zeros)
-
-
-@registry.augmenters("panx_xlmr.PanxTokens.v1")
-def panx_tokens() -> Callable[[Language, Example], Iterator[Example]]:
-    """Leaves the training sentences as PAN-X cuts them into tokens."""
-
-    def augment(nlp: Language, example: Example) -> Iterator[Example]:
-        yield example
-
-    return augment

@@ -38,20 +38,16 @@ REFERENCE, PROJECT = "reference", "this project"
 SIZES = {"train": 1680, "validation": 840, "test": 840}
 # the scripts that a run's figures depend on
 DECISIVE = ("panx", "spacing", "convert", "configure", "encoder", "token_ner", "training")
-VARS = ("learning_rate", "top_learning_rate_scale", "head_learning_rate_scale", "batch_size", "epochs")
+VARS = ("learning_rate", "head_learning_rate_scale", "batch_size", "epochs")
 # what a run without the choice is given in its place, as `spacy train` takes it
 CHOICES = {
     "learned transitions between tags (CRF); without: each token's cross-entropy": {
         "components.ner.factory": "softmax_ner"
     },
     "head's rate × 60; without: × 1": {"training.optimizer.head_learning_rate_scale": 1},
-    "upper layers' rate up to × 2; without: × 1": {"training.optimizer.top_learning_rate_scale": 1},
     "no dropout in the encoder; without: 0.1": {
         "components.transformer.model.transformer_config.hidden_dropout_prob": 0.1,
         "components.transformer.model.transformer_config.attention_probs_dropout_prob": 0.1,
-    },
-    "trained on the finest tokens; without: on PAN-X's": {
-        "corpora.train.augmenter.@augmenters": "panx_xlmr.PanxTokens.v1"
     },
 }
 

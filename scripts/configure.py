@@ -21,7 +21,6 @@ def configure(
     encoder: Path,
     sentences: int,
     learning_rate: float,
-    top_learning_rate_scale: float,
     head_learning_rate_scale: float,
     batch_size: int,
     epochs: int,
@@ -35,8 +34,7 @@ def configure(
     for name, value, least in (("batch_size", batch_size, 1), ("epochs", epochs, 1), ("seed", seed, 0)):
         if value < least:
             raise UserError(f"{name} is {value}, expected a whole number from {least} up; set --vars.{name}.")
-    scales = {"top_learning_rate_scale": top_learning_rate_scale, "head_learning_rate_scale": head_learning_rate_scale}
-    for name, value in {"learning_rate": learning_rate, **scales}.items():
+    for name, value in (("learning_rate", learning_rate), ("head_learning_rate_scale", head_learning_rate_scale)):
         if not 0 < value < float("inf"):
             raise UserError(f"{name} is {value}, expected a number above 0; set --vars.{name}.")
     steps_per_epoch = -(-sentences // batch_size)
@@ -48,7 +46,7 @@ def configure(
     config["training"]["eval_frequency"] = steps_per_epoch
     config["training"]["batcher"]["size"] = batch_size
     config["training"]["optimizer"]["learn_rate"]["initial_rate"] = learning_rate
-    config["training"]["optimizer"].update(scales)
+    config["training"]["optimizer"]["head_learning_rate_scale"] = head_learning_rate_scale
     if gpu_id >= 0:
         config["system"]["gpu_allocator"] = "pytorch"
         config["components"]["transformer"]["model"]["mixed_precision"] = True
@@ -66,8 +64,7 @@ def count_docs(path: Path) -> int:
 def main(
     template: Annotated[Path, typer.Argument(help="Config with the pipeline and the training", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Where the full config goes", show_default=False)],
-    learning_rate: Annotated[float, typer.Option(help="The first learning rate of the embeddings")],
-    top_learning_rate_scale: Annotated[float, typer.Option(help="The top layer's rate is that many times it")],
+    learning_rate: Annotated[float, typer.Option(help="The encoder's first learning rate")],
     head_learning_rate_scale: Annotated[float, typer.Option(help="The head's rate is that many times it")],
     batch_size: Annotated[int, typer.Option(help="Sentences a batch")],
     epochs: Annotated[int, typer.Option(help="Passes over the training sentences")],
@@ -87,7 +84,6 @@ def main(
             encoder=encoder,
             sentences=count_docs(train),
             learning_rate=learning_rate,
-            top_learning_rate_scale=top_learning_rate_scale,
             head_learning_rate_scale=head_learning_rate_scale,
             batch_size=batch_size,
             epochs=epochs,

@@ -82,7 +82,6 @@ def hyperparameters(config: Config) -> list[tuple[str, object]]:
     adam = ", ".join(f"{optimizer[key]:g}" for key in ("beta1", "beta2", "eps"))
     return [
         ("learning rate, falling in a line to 0", f"{optimizer['learn_rate']['initial_rate']:g}"),
-        ("rate of the highest layer, times that", f"{optimizer['top_learning_rate_scale']:g}"),
         ("rate of the head, times that", f"{optimizer['head_learning_rate_scale']:g}"),
         ("batch size", training["batcher"]["size"]),
         ("epochs", f"{epochs:g}"),

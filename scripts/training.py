@@ -1,4 +1,4 @@
-"""The registered functions that only training needs: optimizer, tokens, batches, a logger with the validation loss."""
+"""The registered functions that only training needs: optimizer, batches, a logger with the validation loss."""
 
 import itertools
 import re
@@ -13,7 +13,6 @@ import torch
 from matplotlib.figure import Figure
 from spacy import registry
 from spacy.language import Language
-from spacy.tokens import Doc
 from spacy.training import Example
 from spacy.training.loggers import console_logger_v3
 from spacy.util import compile_infix_regex, compile_suffix_regex, minibatch
@@ -29,7 +28,7 @@ matplotlib.use("agg")
 
 
 class TokenClassificationAdam(Optimizer):
-    """PyTorch's fused AdamW, as the transformers Trainer uses it, at a rate for each layer.
+    """PyTorch's fused AdamW, as the transformers Trainer uses it, with a rate for the head that is times the encoder's.
 
     Biases and LayerNorm weights are not decayed, and of the embeddings only those that training has read. A step in
     which no parameter got a gradient does not advance the schedules: spaCy's loop begins with one, see
@@ -44,12 +43,10 @@ class TokenClassificationAdam(Optimizer):
         learn_rate: Iterator[float],
         *,
         head_learning_rate_scale: float,
-        top_learning_rate_scale: float,
         **settings: Any,
     ) -> None:
         super().__init__(learn_rate, use_averages=False, **settings)
         self.head_learning_rate_scale = head_learning_rate_scale
-        self.top_learning_rate_scale = top_learning_rate_scale
         self.of_parameter: dict[tuple[int, str], torch.optim.AdamW] = {}
         self.of_encoder: dict[int, tuple[torch.optim.AdamW, RowsAdam]] = {}
         self.updated = False
@@ -88,15 +85,11 @@ class TokenClassificationAdam(Optimizer):
         and those rows' gradients.
         """
         if key not in self.of_encoder:
-            scales = layer_learning_rate_scales([name for name, _ in parameters], self.top_learning_rate_scale)
-            groups = [
-                {"params": [parameter], "weight_decay": self._decay(name), "scale": scale}
-                for (name, parameter), scale in zip(parameters, scales, strict=True)
-            ]
+            groups = [{"params": [parameter], "weight_decay": self._decay(name)} for name, parameter in parameters]
             self.of_encoder[key] = self._adam(groups), RowsAdam(table, self._adam, self._decay("weight"))
         optimizer, rows = self.of_encoder[key]
         for group in optimizer.param_groups:
-            group["lr"] = self.learn_rate * group["scale"]
+            group["lr"] = self.learn_rate
             torch.nn.utils.clip_grad_norm_(group["params"], self.grad_clip)
         optimizer.step()
         rows.step(read, self.learn_rate, self.grad_clip)
@@ -161,17 +154,6 @@ class RowsAdam:
         self.rows = torch.cat([self.rows, rows])
 
 
-def layer_learning_rate_scales(names: Sequence[str], top: float) -> list[float]:
-    """For each parameter of a transformer, what its rate is times the embeddings': from 1 in the lowest layer to `top`
-    in the highest, each layer's the same factor above the one below. The parameters outside the layers have 1.
-
-    names: as Hugging Face names them in BERT and its kin, `encoder.layer.7.output.dense.weight`.
-    """
-    layers = [int(found[1]) if (found := re.match(r"encoder\.layer\.(\d+)\.", name)) else None for name in names]
-    highest = max((layer for layer in layers if layer is not None), default=0)
-    return [1.0 if layer is None else top ** (layer / max(highest, 1)) for layer in layers]
-
-
 @registry.optimizers("panx_xlmr.TokenClassificationAdam.v1")
 def token_classification_adam(
     learn_rate: Iterator[float],
@@ -181,14 +163,12 @@ def token_classification_adam(
     weight_decay: float,
     grad_clip: float,
     head_learning_rate_scale: float,
-    top_learning_rate_scale: float,
 ) -> Optimizer:
     """Adam for a pretrained encoder under a randomly initialised head.
 
-    learn_rate: the embeddings' rate at each update. top_learning_rate_scale: the highest layer's rate is that many
-    times it, see `layer_learning_rate_scales`. head_learning_rate_scale: the head's rate is that many times it, so that
-    the head can learn in the few hundred steps in which the encoder only moves a little. grad_clip: the largest L2 norm
-    of one parameter's gradient.
+    learn_rate: the encoder's rate at each update. head_learning_rate_scale: the head's rate is that many times it, so
+    that the head can learn in the few hundred steps in which the encoder only moves a little. grad_clip: the largest L2
+    norm of one parameter's gradient.
     """
     return TokenClassificationAdam(
         learn_rate,
@@ -198,7 +178,6 @@ def token_classification_adam(
         L2=weight_decay,
         grad_clip=grad_clip,
         head_learning_rate_scale=head_learning_rate_scale,
-        top_learning_rate_scale=top_learning_rate_scale,
     )
 
 
@@ -219,41 +198,6 @@ def split_quotes_and_initials() -> Callable[[Language], None]:
         }
 
     return customize
-
-
-@registry.augmenters("panx_xlmr.FinestTokens.v1")
-def finest_tokens() -> Callable[[Language, Example], Iterator[Example]]:
-    """Cuts training sentences wherever PAN-X or the pipeline's own tokenizer cuts: `dell'Italia` into `dell'` and
-    `Italia`, each with the gold tag that its part of the entity has.
-
-    The first wordpiece of a token of either kind is then that of a training token, so that the pipe learns to tag
-    both PAN-X's tokens and a text's.
-    """
-
-    def augment(nlp: Language, example: Example) -> Iterator[Example]:
-        gold = cut_finest(nlp, example.reference)
-        words, spaces = [token.text for token in gold], [bool(token.whitespace_) for token in gold]
-        yield Example(Doc(nlp.vocab, words=words, spaces=spaces), gold)
-
-    return augment
-
-
-def cut_finest(nlp: Language, gold: Doc) -> Doc:
-    """The same text and entities, cut wherever `gold` or `nlp`'s tokenizer begins or ends a token."""
-    text = gold.text
-    tokens = [token for doc in (gold, nlp.make_doc(text)) for token in doc]
-    cuts = sorted({0, len(text)}.union(*((token.idx, token.idx + len(token)) for token in tokens)))
-    words: list[str] = []
-    spaces: list[bool] = []
-    for start, end in itertools.pairwise(cuts):
-        if text[start:end] == " " and words and not spaces[-1]:
-            spaces[-1] = True
-        else:
-            words.append(text[start:end])
-            spaces.append(False)
-    doc = Doc(nlp.vocab, words=words, spaces=spaces)
-    doc.set_ents([doc.char_span(ent.start_char, ent.end_char, label=ent.label_) for ent in gold.ents])
-    return doc
 
 
 @registry.batchers("panx_xlmr.SentenceBatches.v1")

@@ -15,7 +15,6 @@ CARD = {
     "encoder": "assets/encoder",
     "sentences": 1680,
     "learning_rate": 5e-5,
-    "top_learning_rate_scale": 2.0,
     "head_learning_rate_scale": 60.0,
     "batch_size": 24,
     "epochs": 3,
@@ -124,8 +123,6 @@ def test_a_hyperparameter_that_no_training_can_have_is_refused(changes, expected
 OPTIONS = [
     "--learning-rate",
     "5e-5",
-    "--top-learning-rate-scale",
-    "2",
     "--head-learning-rate-scale",
     "60",
     "--batch-size",
@@ -145,7 +142,7 @@ def test_the_command_counts_the_training_sentences(tmp_path):
     vocab = spacy.blank("it").vocab
     DocBin(docs=[Doc(vocab, words=["Roma"], ents=["B-LOC"])] * 49).to_disk(tmp_path / "train.spacy")
     arguments = dict(zip([o[2:].replace("-", "_") for o in OPTIONS[::2]], OPTIONS[1::2], strict=True))
-    rates = ("learning_rate", "top_learning_rate_scale", "head_learning_rate_scale")
+    rates = ("learning_rate", "head_learning_rate_scale")
     types = {"lang": str} | dict.fromkeys(rates, float)
     configure_script.main(
         TEMPLATE,

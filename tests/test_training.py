@@ -6,8 +6,8 @@ import spacy
 import srsly
 import torch
 from spacy.cli.train import train
-from spacy.tokens import Doc, DocBin
-from spacy.training import Corpus, Example
+from spacy.tokens import DocBin
+from spacy.training import Corpus
 from thinc.api import warmup_linear
 
 import training
@@ -25,7 +25,6 @@ def optimizer(**changes):
         "weight_decay": 0.0,
         "grad_clip": 1.0,
         "head_learning_rate_scale": 20.0,
-        "top_learning_rate_scale": 1.0,
     }
     return training.token_classification_adam(**settings | changes)
 
@@ -64,16 +63,6 @@ def test_only_the_head_moves_by_the_scaled_rate(name, factor):
 def test_biases_layer_norms_and_transitions_are_not_decayed(name, decayed):
     adam = optimizer(weight_decay=0.5, head_learning_rate_scale=1.0)
     assert move(adam, name, 0.0) == pytest.approx(0.05 if decayed else 0.0, abs=1e-6)
-
-
-def test_layers_learn_the_faster_the_higher_they_are():
-    names = [
-        "embeddings.LayerNorm.bias",
-        *(f"encoder.layer.{i}.output.dense.weight" for i in range(3)),
-        "pooler.weight",
-    ]
-    assert training.layer_learning_rate_scales(names, 4.0) == pytest.approx([1, 1, 2, 4, 1])
-    assert training.layer_learning_rate_scales(["encoder.layer.0.output.dense.bias"], 4.0) == [1]
 
 
 def test_rows_of_a_table_that_were_read_move_as_all_rows_would_and_the_others_stay():
@@ -145,25 +134,6 @@ def test_the_tokenizer_splits_where_panx_ends_an_entity(italian, text, tokens):
     assert [token.text for token in italian(text)] == tokens
 
 
-def test_training_tokens_are_cut_where_panx_or_the_tokenizer_cuts(italian):
-    gold = Doc(
-        italian.vocab,
-        words=["Presso", "l'Aquila", "Calcio", "(", "U.", "S", ".", ")"],
-        spaces=[True, True, True, False, False, False, False, False],
-        ents=["O", "B-ORG", "I-ORG", "O", "O", "O", "O", "O"],
-    )
-    (example,) = training.finest_tokens()(italian, Example(gold.copy(), gold))
-    assert [t.text for t in example.reference] == ["Presso", "l'", "Aquila", "Calcio", "(", "U.", "S", ".", ")"]
-    assert [(ent.text, ent.label_) for ent in example.reference.ents] == [("l'Aquila Calcio", "ORG")]
-    assert example.predicted.text == example.reference.text == gold.text
-    assert not example.predicted.ents
-
-
-@pytest.mark.parametrize("text", ["a  b", " a", "a ", "\u00a0a\u00a0b \n c", "a\u200b b"])
-def test_cutting_keeps_every_character(italian, text):
-    assert training.cut_finest(italian, italian.make_doc(text)).text == text
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_encoder, sample):
     """The same training of 2 epochs of 3 batches, twice, each in a folder of its own."""
@@ -179,7 +149,6 @@ def runs(tmp_path_factory, tiny_encoder, sample):
             encoder=tiny_encoder,
             sentences=len(docs),
             learning_rate=2e-3,
-            top_learning_rate_scale=1.0,
             head_learning_rate_scale=2.0,
             batch_size=24,
             epochs=2,
