@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE, PROJECT = "reference", "this project"
 SIZES = {"train": 1680, "validation": 840, "test": 840}
 # the scripts that a run's figures depend on
-DECISIVE = ("panx", "spacing", "convert", "configure", "encoder", "token_ner", "training")
+DECISIVE = ("panx", "spacing", "convert", "configure", "encoder", "linear_tokenizer", "token_ner", "training")
 VARS = ("learning_rate", "head_learning_rate_scale", "batch_size", "epochs")
 # what a run without the choice is given in its place, as `spacy train` takes it
 CHOICES = {

@@ -29,7 +29,7 @@ import slim as slim_script  # noqa: E402
 LOAD = """
 import json, sys, time
 sys.path.insert(0, sys.argv[2])
-import encoder, token_ner, spacy
+import encoder, linear_tokenizer, token_ner, spacy
 start = time.perf_counter()
 nlp = spacy.load(sys.argv[1])
 loaded = time.perf_counter() - start

@@ -37,6 +37,7 @@ from wasabi import msg
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import encoder as encoder_module  # noqa: E402
+import linear_tokenizer  # noqa: E402, F401
 import token_ner  # noqa: E402, F401
 
 OURS = {f"this pipeline, {precision}": precision for precision in ("float32", "bfloat16", "int8")}

@@ -14,7 +14,8 @@ from spacy.language import Language
 from spacy.training import Corpus, Example
 from wasabi import msg
 
-import encoder  # noqa: F401  registers what a trained pipeline is made of, as does the next
+import encoder  # noqa: F401  registers what a trained pipeline is made of, as do the next two
+import linear_tokenizer  # noqa: F401
 import token_ner  # noqa: F401
 from atomic import link_or_copy, replacing
 from errors import UserError, one_sentence

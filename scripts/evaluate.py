@@ -108,6 +108,7 @@ def main(
         if Path(model).exists():
             # what the pipeline is made of; an installed package brings its own
             import encoder  # noqa: F401
+            import linear_tokenizer  # noqa: F401
             import token_ner  # noqa: F401
         nlp = spacy.load(model)
         examples = list(Corpus(corpus, gold_preproc=True)(nlp))

@@ -26,7 +26,8 @@ from spacy.tokens import DocBin
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from wasabi import msg
 
-import token_ner  # noqa: F401  registers what a trained pipeline is made of
+import linear_tokenizer  # noqa: F401  registers what a trained pipeline is made of, as does the next
+import token_ner  # noqa: F401
 from atomic import link_or_copy, replacing
 from convert import make_doc, repair
 from encoder import Encoder, row_scales

@@ -430,9 +430,11 @@ def tag_sequences(doc: Doc) -> Iterator[list[tuple[int, int]]]:
             if units:
                 yield units
             units = []
+        elif token.is_space:
+            continue
         elif units and units[-1][1] == token.i and _is_one_word(doc[token.i - 1], token):
             units[-1] = units[-1][0], token.i + 1
-        elif not token.is_space:
+        else:
             units.append((token.i, token.i + 1))
     if units:
         yield units

@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 import torch
 import typer
+from hypothesis import settings
 from spacy.cli import project_run
 from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizerFast
 from typer.testing import CliRunner
@@ -18,6 +19,9 @@ from panx import Sentence, read_tsv, to_tsv
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "corpus" / "sample"
+# the properties of tests/test_hostile.py and tests/fuzz over many more examples: HYPOTHESIS_PROFILE=long
+settings.register_profile("long", max_examples=5000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 # no test may ask a hub for anything
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 

@@ -156,13 +156,16 @@ def tag_scores(ner, docs, tags):
         (["\n", "Bari", "e"], ["B-LOC", "B-LOC", "O"], [(1, 2)]),
         (["Bari", " ", "e", "\n"], ["B-LOC", "I-LOC", "O", "I-LOC"], [(0, 1)]),
         (["Bari", "\n", "vecchia"], ["B-LOC", "O", "I-LOC"], [(0, 3)]),
+        (["Bari|", "\n"], ["B-LOC", "I-LOC"], [(0, 1)]),
+        (["Bari|", "\n|", "Roma"], ["B-LOC", "O", "B-LOC"], [(0, 1), (2, 3)]),
         (["Bari", "\n\n", "vecchia"], ["B-LOC", "I-LOC", "B-LOC"], [(0, 1), (2, 3)]),
     ],
 )
 def test_no_entity_begins_or_ends_in_white_space_or_crosses_an_empty_line(nlp, words, tags, entities):
     trained(nlp)
     ner = nlp.get_pipe("ner")
-    doc = Doc(nlp.vocab, words=words)
+    # | stands where no space follows
+    doc = Doc(nlp.vocab, words=[word.strip("|") for word in words], spaces=[word[-1] != "|" for word in words])
     ner.set_annotations([doc], tag_scores(ner, [doc], [tags]))
     assert [(ent.start, ent.end) for ent in doc.ents] == entities
 

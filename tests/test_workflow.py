@@ -11,7 +11,8 @@ from spacy.tokens import DocBin
 from spacy.util import load_config
 from weasel.cli.run import load_project_config
 
-import encoder  # noqa: F401  registers what the trained pipeline is loaded with, as does the next
+import encoder  # noqa: F401  registers what the trained pipeline is loaded with, as do the next two
+import linear_tokenizer  # noqa: F401
 import start_over
 import token_ner  # noqa: F401
 from conftest import ROOT, vars_of
@@ -81,7 +82,8 @@ def test_running_again_skips_what_is_done(project, tiny_encoder, capfd):
 
 def test_the_wheel_holds_the_pipes_code_and_nothing_of_the_training(project):
     package = project / "packages" / "it_panx_xlmr-1.0.0" / "it_panx_xlmr"
-    assert {path.name for path in package.glob("*.py")} == {"__init__.py", "encoder.py", "token_ner.py"}
+    carried = {"__init__.py", "encoder.py", "linear_tokenizer.py", "token_ner.py"}
+    assert {path.name for path in package.glob("*.py")} == carried
     config = (package / "it_panx_xlmr-1.0.0" / "config.cfg").read_text(encoding="utf8")
     assert "TrainingLogger" not in config
     assert str(project) not in config

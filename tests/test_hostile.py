@@ -1,0 +1,245 @@
+"""What no text may do, whatever is in it: crash or hang the pipeline or the converter, or put an entity where its text
+is not. The pipeline has random weights, so that it finds entities everywhere.
+
+`make fuzz` runs the same properties over many more examples.
+"""
+
+import contextlib
+import sys
+import unicodedata
+
+import numpy
+import pytest
+import spacy
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from spacy.tokens import Doc
+from spacy.training import Example
+
+import encoder
+import token_ner  # noqa: F401
+from convert import convert_split, repair
+from errors import UserError
+from linear_tokenizer import SURROGATE
+from panx import TAGS, Sentence, digest, read_tsv, to_tsv
+
+SPACES = "".join(chr(i) for i in range(sys.maxunicode + 1) if chr(i).isspace())
+# of each kind that some program somewhere trips over
+PARTS = [
+    "\0",
+    "\ud800",
+    "\udfff",
+    "\ud83d\ude00",
+    "\u0301",
+    "e\u0301",
+    "\u0915\u094d\u0937",
+    "\u200b",
+    "\u200d",
+    "\u200e",
+    "\u202a",
+    "\u202e",
+    "\u202c",
+    "\u2066",
+    "\u2069",
+    "\u2028",
+    "\u2029",
+    "\u0085",
+    "\ufeff",
+    "\ufffd",
+    "\uffff",
+    "\U0010ffff",
+    "\xad",
+    "\x1b[31m",
+    "\r\n",
+    "\n\n",
+    "👩‍👩‍👧",
+    "🇮🇹",
+    "ﬁ",
+    "İ",
+    "ß",
+    "東京",
+    "القاهرة",
+    "<s>",
+    "</s>",
+    "<mask>",
+    "▁",
+    "dell'",
+    "Italia",
+    "Bari",
+    "po'",
+    "''",
+    '"',
+    "«",
+    "»",
+    "(",
+    ")",
+    ".",
+    "...",
+    "-",
+    "http://a.it/?x=1",
+    "a@b.it",
+    "{}",
+    "%s",
+    *SPACES,
+]
+characters = st.characters(exclude_categories=())  # surrogates too
+texts = st.one_of(
+    st.text(characters, max_size=80),
+    st.lists(st.tuples(st.sampled_from(PARTS), st.sampled_from([1, 1, 1, 2, 130])), max_size=12).map(
+        lambda parts: "".join(part * times for part, times in parts)
+    ),
+    st.lists(st.sampled_from(PARTS) | st.text(characters, max_size=5), max_size=30).map("".join),
+)
+
+
+@pytest.fixture(scope="module")
+def nlp(tiny_encoder):
+    """A pipeline whose weights are random, those of the tags too: it finds an entity of any kind in almost any text."""
+    nlp = spacy.blank("it", config={"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v1"}}})
+    model = {"@architectures": "panx_xlmr.TransformerModel.v1", "name": str(tiny_encoder), "mixed_precision": False}
+    model |= {"tokenizer_config": {"use_fast": True}, "transformer_config": {}}
+    nlp.add_pipe("transformer", config={"model": model})
+    nlp.add_pipe("token_ner", name="ner")
+    words, tags = ["Anna", "Neri", "a", "Bari", "Eni"], ["B-PER", "I-PER", "O", "B-LOC", "B-ORG"]
+    nlp.initialize(lambda: [Example(Doc(nlp.vocab, words=words), Doc(nlp.vocab, words=words, ents=tags))])
+    output = nlp.get_pipe("ner").model.get_ref("output_layer")
+    output.set_param("W", numpy.random.default_rng(0).normal(size=output.get_param("W").shape).astype("float32"))
+    return nlp
+
+
+def check(doc: Doc, text: str) -> None:
+    """Asserts that the Doc is the text's, and that its entities are whole, apart, and where they say they are."""
+    kept = doc.text
+    assert kept == SURROGATE.sub("\ufffd", text)
+    assert len(kept) == len(text)
+    end = 0
+    for ent in doc.ents:
+        assert end <= ent.start_char < ent.end_char <= len(text)
+        end = ent.end_char
+        assert kept[ent.start_char : ent.end_char] == ent.text == ent.text.strip()
+        assert ent.label_ in {"LOC", "ORG", "PER"}
+        assert 0 <= ent._.score <= 1
+
+
+def found(doc: Doc) -> list[tuple[int, int, str]]:
+    return [(ent.start_char, ent.end_char, ent.label_) for ent in doc.ents]
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(texts)
+@example("a\ud800b")
+def test_entities_of_any_text_are_inside_it_and_apart(nlp, text):
+    check(nlp(text), text)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(texts, max_size=5), st.integers(1, 5))
+def test_a_stream_gives_what_one_text_at_a_time_gives(nlp, some, batch_size):
+    docs = list(nlp.pipe(some, batch_size=batch_size))
+    assert len(docs) == len(some)
+    for doc, text in zip(docs, some, strict=True):
+        check(doc, text)
+        alone = nlp(text)
+        assert found(doc) == found(alone)
+        assert [ent._.score for ent in doc.ents] == pytest.approx([ent._.score for ent in alone.ents], abs=1e-4)
+
+
+NAMED = {
+    "a lone surrogate": "Bari\ud800 e Roma",
+    "a lone surrogate in a word": "Ba\udc00ri",
+    "only surrogates": "\ud800" * 300,
+    "a pair of surrogates as two characters": "Bari \ud83d\ude00 Roma",
+    "NUL": "Bari\0Roma \0 a",
+    "combining marks": unicodedata.normalize("NFD", "Però Mondovì è più giù") + "\u0301" * 50,
+    "every Unicode space, alone": SPACES,
+    "every Unicode space, between words": "Bari".join(SPACES),
+    "line and paragraph separators": "Bari\u2028Roma\u2029Napoli\x85Eni",
+    "byte order marks": "\ufeffBari \ufeff Roma\ufeff",
+    "bidirectional marks": "\u202eirab\u202c \u2066Roma\u2069 \u200eEni\u200f",
+    "control characters": "".join(map(chr, range(32))) + "Bari" + "".join(map(chr, range(127, 160))),
+    "no characters": "\uffff\ufdd0\U0010ffff",
+    "special tokens": "<s> Bari </s> <mask> <pad> <unk>",
+    "the sign for a space of wordpieces": "▁Bari▁▁Roma",
+    "characters that normalising makes longer": "ﷺ ﷽ ﬃ ㎢ ½" * 20,
+    "one character of each plane": "".join(chr(plane << 16 | 0x1234) for plane in range(17)),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_text_of_this_kind_passes(nlp, name):
+    doc = nlp(NAMED[name])
+    check(doc, NAMED[name])
+    (streamed,) = nlp.pipe([NAMED[name]])
+    assert found(streamed) == found(doc)
+
+
+def test_every_unicode_space_parts_words(nlp):
+    for space in SPACES:
+        assert [token.text for token in nlp.make_doc(f"Bari{space}Roma") if not token.is_space] == ["Bari", "Roma"]
+
+
+REPEATED = ["x", "'", "\u0301", "\0", "\ud800", "\n", "\u2028"]
+
+
+@pytest.mark.parametrize("part", REPEATED)
+def test_100000_characters_pass_and_cost_twice_what_50000_cost(nlp, part):
+    text = part * (100_000 // len(part))
+    windows = []
+    tokenizer = nlp.get_pipe("transformer").model.tokenizer
+    for size in (50_000, 100_000):
+        windows.append(len(encoder.wordpiece_windows(tokenizer, [nlp.make_doc(text[:size])])[0]))
+    assert windows[1] <= 2 * windows[0] + 1
+    check(nlp(text), text)
+
+
+def test_what_is_no_text_is_refused_in_a_sentence(nlp):
+    for thing in (None, 3, ["Bari"]):
+        with pytest.raises(ValueError, match="Expected a string"):
+            nlp(thing)
+
+
+# ---- The converter
+
+VOCAB = spacy.blank("it").vocab
+
+words = st.one_of(st.text(characters, max_size=6), st.sampled_from(PARTS))
+sentences = st.lists(st.tuples(words, st.sampled_from(TAGS)), min_size=1, max_size=8).map(
+    lambda rows: Sentence(*map(tuple, zip(*rows, strict=True)))
+)
+writable = words.filter(lambda word: not any(c in word for c in "\t\n\r") and not SURROGATE.search(word))
+lines = st.lists(st.tuples(writable, st.sampled_from(TAGS)), min_size=1, max_size=8).map(
+    lambda rows: Sentence(*map(tuple, zip(*rows, strict=True)))
+)
+
+
+@given(sentences)
+def test_repaired_sentences_are_valid_iob2_without_blank_tokens(sentence):
+    whole, repairs = repair(sentence)
+    assert all(word.strip() for word in whole.words)
+    assert len(whole.words) == len(sentence.words) - repairs["blank token dropped"]
+    before = "O"
+    for tag in whole.tags:
+        assert tag[0] != "I" or before[2:] == tag[2:]
+        before = tag
+    assert repair(whole) == (whole, {})
+
+
+@given(st.lists(lines, min_size=1, max_size=4))
+def test_sentences_survive_the_way_to_a_file_and_back(tmp_path_factory, some):
+    path = tmp_path_factory.getbasetemp() / "hostile.tsv"
+    data = to_tsv(some)
+    path.write_bytes(data)
+    if data.startswith(b"\xef\xbb\xbf"):  # a reader takes it for the file's byte order mark
+        return
+    assert read_tsv(path) == some
+    assert digest(read_tsv(path)) == digest(some)
+
+
+@given(st.lists(lines, min_size=1, max_size=4))
+def test_tokens_and_tags_of_any_sentence_survive_the_conversion(some):
+    with contextlib.suppress(UserError):  # every token of all of them is blank
+        docs, _ = convert_split(some, VOCAB, "hostile")
+        kept = [whole for whole, _ in map(repair, some) if whole.words]
+        for doc, whole in zip(docs, kept, strict=True):
+            assert tuple(token.text for token in doc) == whole.words
+            assert tuple(f"{t.ent_iob_}-{t.ent_type_}" if t.ent_type_ else "O" for t in doc) == whole.tags

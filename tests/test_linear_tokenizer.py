@@ -1,0 +1,103 @@
+import pickle
+
+import pytest
+import spacy
+from hypothesis import given
+from hypothesis import strategies as st
+
+import linear_tokenizer
+from linear_tokenizer import LONG, LinearTokenizer
+
+CONFIG = {"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v1"}}}
+ADDRESS = "http://example.org/" + "sezione/" * 30 + "?nome=Grazia"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return spacy.blank("it", config=CONFIG).tokenizer
+
+
+@pytest.fixture(scope="module")
+def spacys():
+    return spacy.blank("it").tokenizer
+
+
+def tokens(doc):
+    return [(token.text, token.whitespace_, token.norm_) for token in doc]
+
+
+def test_sentences_are_tokenized_as_spacy_does(tokenizer, spacys, sample):
+    texts = [" ".join(sentence.words) for split in sample.values() for sentence in split]
+    assert [tokens(tokenizer(text)) for text in texts] == [tokens(spacys(text)) for text in texts]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ADDRESS,
+        f"Vedi «{ADDRESS}», disse (a.C.).",
+        f"  {ADDRESS}  \n {ADDRESS} ",
+        "(" * 300 + "Bari" + ")" * 300,
+        "Bari" * 100,
+        "dell'" * 100 + "Italia",
+        "€" * 300 + " po' " + "=" * 300,
+        "“" * LONG + "Bari" + "”" * LONG + "\u2028e",
+    ],
+)
+def test_long_chunks_are_tokenized_as_spacy_does(tokenizer, spacys, text):
+    assert len(text) > LONG
+    assert tokens(tokenizer(text)) == tokens(spacys(text))
+
+
+@given(st.lists(st.sampled_from(["a", " ", "\n", "'", "(", "...", "€", "http://a.it", ":)"]), max_size=8), st.data())
+def test_the_text_is_kept_to_the_last_character(tokenizer, parts, data):
+    text = "".join(part * data.draw(st.sampled_from([1, 2, 50, 150])) for part in parts)
+    assert "".join(token.text_with_ws for token in tokenizer(text)) == text
+
+
+@pytest.mark.parametrize("sign", ["'", "(", "€", "'s", "1°", "http://a:b@"])
+def test_twice_the_signs_are_twice_the_work(tokenizer, sign):
+    looked_at = []
+
+    def counting(search):
+        return lambda text: looked_at.append(len(text)) or search(text)
+
+    counted = LinearTokenizer(
+        tokenizer.vocab,
+        prefix_search=counting(tokenizer.prefix_search),
+        suffix_search=counting(tokenizer.suffix_search),
+        infix_finditer=counting(tokenizer.infix_finditer),
+        url_match=counting(tokenizer.url_match),
+    )
+    work = []
+    for size in (4000, 8000):
+        looked_at.clear()
+        counted(sign * (size // len(sign)))
+        work.append(sum(looked_at))
+    assert work[1] < 2.2 * work[0]
+
+
+def test_a_lone_surrogate_is_replaced_and_offsets_stay(tokenizer):
+    doc = tokenizer("A\ud83d Bari")
+    assert doc.text == "A\ufffd Bari"
+    assert doc[-1].idx == 3
+
+
+def test_spacys_refusal_of_too_long_a_text_stays(spacys):
+    nlp = spacy.blank("it", config=CONFIG)
+    with pytest.raises(ValueError, match="exceeds maximum"):
+        nlp("a" * (nlp.max_length + 1))
+
+
+def test_it_goes_to_disk_and_through_pickle(tmp_path):
+    nlp = spacy.blank("it", config=CONFIG)
+    nlp.to_disk(tmp_path)
+    for copy in (spacy.load(tmp_path), pickle.loads(pickle.dumps(nlp))):
+        assert type(copy.tokenizer) is LinearTokenizer
+        assert tokens(copy.tokenizer("dell'art. 3")) == tokens(nlp.tokenizer("dell'art. 3"))
+
+
+def test_it_has_the_languages_own_rules():
+    english = spacy.blank("en", config=CONFIG)
+    assert [t.text for t in english("don't")] == [t.text for t in spacy.blank("en")("don't")] == ["do", "n't"]
+    assert linear_tokenizer.LONG_CHUNK.search("a" * 101) and not linear_tokenizer.LONG_CHUNK.search("a b" * 100)
