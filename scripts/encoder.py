@@ -146,12 +146,27 @@ class Int8Linear(torch.nn.Module):
         return torch.ops.quantized.linear_dynamic(x, self.packed)
 
 
-def _replace_linear(module: torch.nn.Module, replacement: Callable[[torch.nn.Linear], torch.nn.Module]) -> None:
+class BFloat16Linear(torch.nn.Module):
+    """A linear layer that multiplies in bfloat16, between float32 and float32."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = (p if p is None else p.detach().bfloat16() for p in (linear.weight, linear.bias))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x, shape (…, in), times the weights, shape (…, out)."""
+        return torch.nn.functional.linear(x.bfloat16(), self.weight, self.bias).float()
+
+
+def _reduce_linear(module: torch.nn.Module) -> None:
+    """Puts linear layers in 8 bits into a transformer, in bfloat16 behind an activation (fewer outputs than inputs):
+    a few of its values are many times as large as the others, which 8 bits would not tell apart.
+    """
     for name, child in list(module.named_children()):
         if isinstance(child, torch.nn.Linear):
-            setattr(module, name, replacement(child))
+            setattr(module, name, (BFloat16Linear if child.in_features > child.out_features else Int8Linear)(child))
         else:
-            _replace_linear(child, replacement)
+            _reduce_linear(child)
 
 
 def lean(transformer: torch.nn.Module) -> torch.nn.Module:
@@ -269,7 +284,7 @@ class EncoderShim(HFShim):
             if self.precision == "bfloat16":
                 self.reduced.to(torch.bfloat16)
             elif device.type == "cpu":
-                _replace_linear(self.reduced, Int8Linear)
+                _reduce_linear(self.reduced)
             else:
                 raise ValueError(f"Precision int8 is for the CPU, but the pipeline is on {device}; take bfloat16.")
         return self.reduced
