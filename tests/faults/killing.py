@@ -21,6 +21,7 @@ from conftest import vars_of
 
 SEED = int(os.environ.get("FAULT_SEED", "0"))
 SLOW = pytest.mark.skipif("FAULTS" not in os.environ, reason="make test-faults runs it: minutes")
+UNFINISHED = "unfinished"
 PRODUCTS = ("assets", "corpus", "training", "metrics", "packages")
 SOURCES = ("project.yml", "LICENSE", "configs", "scripts", "data")
 
@@ -45,7 +46,8 @@ def workflow(project: Path) -> list[str]:
 
 
 def contents(project: Path) -> dict[str, str]:
-    """SHA-256 of every file that the workflow has made, by its path; of a wheel, of each file in it.
+    """SHA-256 of every file that the workflow has made, by its path; of a wheel, of each file in it; UNFINISHED for
+    what is not in its place yet.
 
     Left out is what no two runs have alike: the speed in metrics/test.json, a wheel's times, setuptools' build folders,
     and the temporary folder's name that a transformer's config has kept, with the sums of the files it is in.
@@ -57,7 +59,9 @@ def contents(project: Path) -> dict[str, str]:
             if not path.is_file() or "build" in parts[2:3] or any(part.endswith(".egg-info") for part in parts):
                 continue
             key = "/".join(parts)
-            if path.suffix == ".whl":
+            if "unfinished" in key or ".partial-" in key:
+                found[key] = UNFINISHED
+            elif path.suffix == ".whl":
                 with zipfile.ZipFile(path) as archive:
                     members = [member for member in archive.namelist() if not member.endswith("/RECORD")]
                     found |= {f"{key}/{member}": digest(member, archive.read(member)) for member in members}
