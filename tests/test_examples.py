@@ -1,4 +1,4 @@
-"""The programs in examples/: files through the real function, the service and the page as processes with real clients."""
+"""The programs in examples/: files through the real function, service and page as processes with real clients."""
 
 import csv
 import http.client
@@ -168,7 +168,7 @@ def free_port():
         return server.getsockname()[1]
 
 
-def until(true, seconds=60):
+def until(true, seconds=300):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
@@ -189,7 +189,19 @@ class Service:
         environment = os.environ | {"MODEL": str(model), "FOLDER": str(folder), "PYTHONPATH": str(EXAMPLES)}
         command = [sys.executable, "-m", "uvicorn", "--app-dir", folder, "slow:app", "--port", str(self.port)]
         self.process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        until(lambda: is_up(self.port) or self.process.poll() is not None)
+
+    def __enter__(self):
+        try:
+            until(lambda: is_up(self.port) or self.process.poll() is not None)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.open()
+        self.process.kill()
+        self.process.wait()
 
     def ask(self, method, path, body=None):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -215,11 +227,8 @@ class Service:
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory, model):
-    service = Service(tmp_path_factory.mktemp("service"), model)
-    yield service
-    service.open()
-    service.process.kill()
-    service.process.wait()
+    with Service(tmp_path_factory.mktemp("service"), model) as service:
+        yield service
 
 
 @pytest.fixture
@@ -319,18 +328,14 @@ def test_the_documentation_tells_what_a_body_is(service):
 
 
 def test_stopping_answers_what_was_asked_before(model, tmp_path):
-    service = Service(tmp_path, model)
-    try:
-        with ThreadPoolExecutor(1) as clients:
-            answer = clients.submit(service.entities, "aspetta Bari")
-            until(lambda: "aspetta Bari" in service.computed())
-            service.process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
-            service.open()
-            assert answer.result()[1]["entities"][0][0]["text"] == "Bari"
+    with Service(tmp_path, model) as service, ThreadPoolExecutor(1) as clients:
+        answer = clients.submit(service.entities, "aspetta Bari")
+        until(lambda: "aspetta Bari" in service.computed())
+        service.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        service.open()
+        assert answer.result()[1]["entities"][0][0]["text"] == "Bari"
         assert service.process.wait(30) in (0, -signal.SIGTERM)
-    finally:
-        service.process.kill()
 
 
 def test_a_service_without_its_pipeline_says_what_to_do():
