@@ -201,6 +201,8 @@ class EncoderShim(HFShim):
         finally:
             self._model = module
         if message["config"]:
+            # where it was loaded from, a temporary folder maybe: the same pipeline is to be the same bytes
+            message["config"].pop("_name_or_path", None)
             message["state"] = save(_shortest(module.state_dict()))
         return srsly.msgpack_dumps(message)
 

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import numpy
 import pytest
@@ -258,6 +259,11 @@ def test_after_an_update_lower_precision_predicts_with_the_new_weights(tiny_enco
     update_twice(nlp)
     (after,) = vectors(nlp, ["Anna vive a Bari."])
     assert numpy.abs(after - before).max() > 0.05
+
+
+def test_a_pipeline_loaded_and_saved_again_is_the_same_bytes(nlp):
+    again = pickle.loads(pickle.dumps(nlp))
+    assert shim(again).to_bytes() == shim(nlp).to_bytes()
 
 
 def test_embeddings_learn_when_a_program_calls_update(tiny_encoder):
