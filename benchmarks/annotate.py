@@ -30,7 +30,7 @@ from spacy.tokens import DocBin
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-from annotate_unit import SCHEMA  # noqa: E402
+from annotate_unit import SCHEMA, annotate_unit  # noqa: E402
 from units import FORMATS, cut, read  # noqa: E402
 
 ROWS_ALONE = 200_000  # rows of the files on which reading and writing are timed alone
@@ -57,6 +57,26 @@ def plain(model: str, texts: list[str]) -> float:
     for doc in nlp.pipe(texts):
         [(ent.start_char, ent.end_char, ent.label_) for ent in doc.ents]
     return len(texts) / (time.perf_counter() - start)
+
+
+def in_one_process(model: str, texts: list[str], folder: Path, unit_rows: int) -> Path:
+    """Prints the CPU seconds of `nlp.pipe` and those of annotating the same rows from and to files, both without Ray:
+    a figure that other load hardly changes. Returns the folder of annotated rows.
+    """
+    torch.set_num_threads(1)
+    nlp, source, output = spacy.load(model), write(texts, folder / "single.parquet"), folder / "single"
+    list(nlp.pipe(texts[:64]))
+    start = time.process_time()
+    for doc in nlp.pipe(texts):
+        [(ent.start_char, ent.end_char, ent.label_) for ent in doc.ents]
+    piped = time.process_time() - start
+    start = time.process_time()
+    for unit in cut(source, "text", unit_rows):
+        annotate_unit(nlp, source, source.name, "text", 100_000, unit, output)
+    annotated = time.process_time() - start
+    rates = f"nlp.pipe {len(texts) / piped:,.1f} rows/CPU s, units from file to file {len(texts) / annotated:,.1f}"
+    print(f"Without Ray, one thread: {rates} ({annotated / piped - 1:+.1%} CPU time).")
+    return output
 
 
 class Run:
@@ -105,8 +125,8 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):,.1f} ({min(values):,.1f}–{max(values):,.1f})"
 
 
-def compare(model: str, texts: list[str], folder: Path, rounds: int, unit_rows: int) -> Path:
-    """Prints the rates and what kills cost; returns a folder of annotated rows."""
+def compare(model: str, texts: list[str], folder: Path, rounds: int, unit_rows: int) -> None:
+    """Prints the rates with Ray, in seconds by the clock, and what kills cost."""
     source = write(texts, folder / "texts.parquet")
     rates: dict[str, list[float]] = {"plain nlp.pipe": [], "1 worker": [], "2 workers": []}
     ends: dict[str, list[float]] = {"1 worker": [], "2 workers": []}
@@ -136,32 +156,31 @@ def compare(model: str, texts: list[str], folder: Path, rounds: int, unit_rows: 
         f"The run killed after {first:.1f} s with {kept} units written, started again: {second.seconds:.1f} s; "
         f"together {first + second.seconds - undisturbed:+.1f} s, {check(run.output, len(texts))}."
     )
-    return folder / "0-1"
 
 
 def alone(texts: list[str], annotated: Path, folder: Path) -> None:
-    """Prints the rates of cutting, reading and writing without a pipeline, and the bytes of a row."""
-    many = (texts * (ROWS_ALONE // len(texts) + 1))[:ROWS_ALONE]
-    print("\n| one process | MB | cutting, rows/s | reading, rows/s |\n|---|---|---|---|")
+    """Prints the rates of cutting, reading and writing without a pipeline, in CPU seconds, and the bytes of a row."""
+    many = [f"{texts[number % len(texts)]} {number}" for number in range(ROWS_ALONE)]
+    print("\n| | MB | cutting, rows/CPU s | reading, rows/CPU s |\n|---|---|---|---|")
     for suffix in FORMATS:
         path = write(many, folder / f"many{suffix}")
-        start = time.perf_counter()
+        start = time.process_time()
         units = list(cut(path, "text", 10_000))
-        cutting = time.perf_counter() - start
-        start = time.perf_counter()
+        cutting = time.process_time() - start
+        start = time.process_time()
         for unit in units:
             for _ in read(path, "text", unit):
                 pass
-        reading = time.perf_counter() - start
+        reading = time.process_time() - start
         size = path.stat().st_size / 1e6
         print(f"| {suffix} | {size:.1f} | {ROWS_ALONE / cutting:,.0f} | {ROWS_ALONE / reading:,.0f} |")
     rows = [row for part in sorted(annotated.glob("*.parquet")) for row in pyarrow.parquet.read_table(part).to_pylist()]
     rows = (rows * (ROWS_ALONE // len(rows) + 1))[:ROWS_ALONE]
-    start = time.perf_counter()
+    start = time.process_time()
     for first in range(0, ROWS_ALONE, 10_000):
         with pyarrow.parquet.ParquetWriter(folder / f"w{first}", SCHEMA, compression="zstd") as writer:
             writer.write_table(pyarrow.Table.from_pylist(rows[first : first + 10_000], schema=SCHEMA))
-    print(f"\nWriting: {ROWS_ALONE / (time.perf_counter() - start):,.0f} rows/s.")
+    print(f"\nWriting: {ROWS_ALONE / (time.process_time() - start):,.0f} rows/CPU s.")
     sizes: Counter[str] = Counter()
     whole = folder / "whole.parquet"
     table = pyarrow.concat_tables(pyarrow.parquet.read_table(part) for part in sorted(annotated.glob("*.parquet")))
@@ -172,7 +191,9 @@ def alone(texts: list[str], annotated: Path, folder: Path) -> None:
         sizes[column.path_in_schema.split(".")[0]] += column.total_compressed_size
     count, characters = len(table), sum(map(len, table["text"].to_pylist()))
     entities = sum(map(len, table["entities"].to_pylist()))
-    print(f"\n{count:,} rows, {characters / count:.1f} characters and {entities / count:.2f} entities a row.")
+    words = sum(len(text.split()) for text in table["text"].to_pylist())
+    print(f"\n{count:,} rows; a row has {words / count:.2f} words, {characters / count:.1f} characters and")
+    print(f"{entities / count:.2f} entities.")
     columns = ", ".join(f"{name} {size / count:.1f}" for name, size in sizes.items())
     print(f"Bytes of a row: {whole.stat().st_size / count:.1f} ({columns}).")
 
@@ -189,7 +210,7 @@ def main(
     model: Annotated[str, typer.Argument(help="Installed pipeline", show_default=False)],
     test: Annotated[Path, typer.Option(help="Sentences (.spacy)")] = ROOT / "corpus" / "test.spacy",
     count: Annotated[int, typer.Option(help="Sentences to annotate")] = 4000,
-    rounds: Annotated[int, typer.Option(help="How often each is timed")] = 3,
+    rounds: Annotated[int, typer.Option(help="How often each is timed; 0: only what needs no Ray")] = 3,
     unit_rows: Annotated[int, typer.Option(help="Rows of a unit")] = 250,
 ) -> None:
     """Compare scripts/annotate.py with plain `nlp.pipe`, kill it, and time its parts."""
@@ -197,8 +218,10 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print(f"{len(texts)} rows in units of {unit_rows}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
-        alone(texts, compare(model, texts, folder, rounds, unit_rows), folder)
-        units_alone(folder)
+        alone(texts, in_one_process(model, texts, folder, unit_rows), folder)
+        if rounds:
+            compare(model, texts, folder, rounds, unit_rows)
+            units_alone(folder)
         print(f"\nLoad at the end: {os.getloadavg()[0]:.1f}")
 
 

@@ -32,43 +32,12 @@ from wasabi import msg
 from annotate_unit import annotate_unit, bad_path, part_path
 from atomic import replacing
 from errors import UserError, one_sentence
-from units import FORMATS, Unit, cut
+from units import Unit, cut, fingerprint, input_files, root_of
 
 MANIFEST, TRIED = "_manifest.json", "_tried"
 ATTEMPTS = 4  # a unit on which so many workers died is given up
 # sent to the workers as they are here: a cluster's machines need the pipeline's package, not these files
 SHIPPED = ("annotate_unit", "atomic", "errors", "units", __name__)
-
-
-def root_of(source: Path) -> Path:
-    """The folder that the input files' names are relative to."""
-    return source if source.is_dir() else source.parent
-
-
-def input_files(source: Path, output: Path) -> list[Path]:
-    """The files to annotate, in order: `source` itself, or those below it that are not hidden, nor this
-    command's own.
-
-    Raises UserError if there is none.
-    """
-    if source.is_file() and source.suffix in FORMATS:
-        return [source]
-    files, others = [], []
-    for path in sorted(p for p in source.rglob("*") if p.is_file()):
-        written = source in output.parents and output in path.parents
-        if not written and not any(name[0] in "._" for name in path.relative_to(source).parts):
-            (files if path.suffix in FORMATS else others).append(path)
-    if not files:
-        raise UserError(f"{source}: no {', '.join(FORMATS)} file to annotate; name a folder that has some, or a file.")
-    if others:
-        msg.warn(f"Left out, neither {', '.join(FORMATS)}: {len(others)} file(s), {others[0]} first")
-    return files
-
-
-def fingerprint(path: Path) -> list[int]:
-    """Size in bytes, and time of the last change in ns."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
 
 
 def identify(model: str) -> str:
@@ -184,7 +153,10 @@ def ray_session(address: str, cpus: int | None) -> Iterator[None]:
         ray.init(address or "local", logging_level="ERROR", log_to_driver=False, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0].removesuffix(".")
-        raise UserError(f"No Ray answers at {address or 'this machine'} ({reason}); see `ray status`.") from None
+        raise UserError(
+            f"No Ray answers at {address or 'this machine'} ({reason}); see `ray status`, and give this command the "
+            "cluster's RAY_AUTH_MODE and RAY_AUTH_TOKEN."
+        ) from None
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False

@@ -1,4 +1,4 @@
-"""Cuts Parquet, CSV and JSONL files into units of consecutive rows, and reads a unit without those before it."""
+"""Finds Parquet, CSV and JSONL files, cuts them into units of consecutive rows, and reads a unit by itself."""
 
 import csv
 import json
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy
 import pyarrow
 import pyarrow.parquet
+from wasabi import msg
 
 from errors import UserError
 
@@ -29,6 +30,37 @@ class Unit(NamedTuple):
     first: int
     count: int
     offset: int
+
+
+def root_of(source: Path) -> Path:
+    """The folder that the input files' names are relative to."""
+    return source if source.is_dir() else source.parent
+
+
+def input_files(source: Path, output: Path) -> list[Path]:
+    """The files to annotate, in order: `source` itself, or those below it that are not hidden, nor this
+    command's own.
+
+    Raises UserError if there is none.
+    """
+    if source.is_file() and source.suffix in FORMATS:
+        return [source]
+    files, others = [], []
+    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+        written = source in output.parents and output in path.parents
+        if not written and not any(name[0] in "._" for name in path.relative_to(source).parts):
+            (files if path.suffix in FORMATS else others).append(path)
+    if not files:
+        raise UserError(f"{source}: no {', '.join(FORMATS)} file to annotate; name a folder that has some, or a file.")
+    if others:
+        msg.warn(f"Left out, neither {', '.join(FORMATS)}: {len(others)} file(s), {others[0]} first")
+    return files
+
+
+def fingerprint(path: Path) -> list[int]:
+    """Size in bytes, and time of the last change in ns."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def cut(path: Path, column: str, rows: int, file: int = 0) -> Iterator[Unit]:

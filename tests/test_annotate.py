@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy
@@ -25,6 +26,7 @@ from annotate_unit import annotate_unit
 from units import cut, read
 
 SCRIPT = Path(annotate_script.__file__)
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not here: requirements-annotate.txt has it")
 PLACES = ("Bari", "Gela", "Nuoro")
 
 
@@ -118,6 +120,7 @@ def annotate_file(model, path, output, rows=1000, max_chars=1000):
     return rows_of(output), bad_of(output)
 
 
+@needs_ray
 def test_a_cluster_without_the_scripts_says_what_nlp_pipe_says_for_each_format(model, cluster, tmp_path):
     by_file = write_folder(tmp_path / "in", 50)
     address, token = cluster
@@ -130,6 +133,7 @@ def test_a_cluster_without_the_scripts_says_what_nlp_pipe_says_for_each_format(m
     assert {path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".parquet"} == {"_manifest.json"}
 
 
+@needs_ray
 def test_a_killed_worker_loses_nothing_and_repeats_nothing(model, cluster, tmp_path):
     by_file = write_folder(tmp_path / "in", 300)
     address, token = cluster
@@ -143,6 +147,7 @@ def test_a_killed_worker_loses_nothing_and_repeats_nothing(model, cluster, tmp_p
     assert list((tmp_path / "out").glob(".*")) == []
 
 
+@needs_ray
 def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
     by_file = write_folder(tmp_path / "in", 300)
     out = tmp_path / "out"
