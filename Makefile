@@ -19,7 +19,7 @@ DEMO_VENV := build/demo-venv
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
 	cp requirements.txt $@
 
-.venv/requirements-dev.txt: .venv/requirements.txt requirements-dev.txt examples/requirements.txt
+.venv/requirements-dev.txt: .venv/requirements.txt requirements-dev.txt requirements-annotate.txt examples/requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-dev.txt
 	cp requirements-dev.txt $@
 
