@@ -308,7 +308,7 @@ def test_a_body_without_a_declared_length_is_cut_off(service):
     [
         (json.dumps({"texts": ["a" * 10_001]}), "at most 10000 characters"),
         (json.dumps({"texts": ["a"] * 65}), "at most 64 items"),
-        (json.dumps({"texts": "Bari"}), "valid list"),
+        (json.dumps({"texts": "Bari"}), "should be a valid"),
         (json.dumps({"testi": ["Bari"]}), "required"),
         ('{"texts": ["\\ud800"]}', "JSON"),
         (b'{"texts": ["citt\xe0"]}', "JSON"),

@@ -73,7 +73,7 @@ def arguments(name: str, target: Path, encoder: Path) -> tuple[list[object], lis
         + ["--encoder", encoder, "PAN-X.es"],
         "convert": ["assets/data", target, "--extra-train", "assets/extra_train"],
         "configure": ["configs/xlmr.cfg", target / "config.cfg", "--batch-size", 24, "--seed", 42, "--lang", "it"]
-        + ["--gpu-id", -1, "--top-learning-rate-scale", 2, "--epochs", TRAINED["epochs"]]
+        + ["--gpu-id", -1, "--epochs", TRAINED["epochs"]]
         + ["--learning-rate", TRAINED["learning_rate"]]
         + ["--head-learning-rate-scale", TRAINED["head_learning_rate_scale"]],
         "slim": ["training/model-last", target / "model-slim", "true", "--data", "assets/data", "--lang", "it"]
