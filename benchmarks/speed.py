@@ -92,8 +92,13 @@ def hugging_face(folder: Path, batch_size: int, gpu_id: int) -> Annotate:
     classify = pipeline("token-classification", str(folder), **settings)
 
     def annotate(texts: Sequence[str]) -> Iterator[Entities]:
-        for found in classify(list(texts)):
-            yield [(int(ent["start"]), int(ent["end"]), ent["entity_group"]) for ent in found]
+        for text, found in zip(texts, classify(list(texts)), strict=True):
+            # an entity begins with the space before it, as its first wordpiece does
+            spaces = [len(text[e["start"] : e["end"]]) - len(text[e["start"] : e["end"]].lstrip()) for e in found]
+            yield [
+                (int(ent["start"]) + skip, int(ent["end"]), ent["entity_group"])
+                for ent, skip in zip(found, spaces, strict=True)
+            ]
 
     return annotate
 
