@@ -1,7 +1,9 @@
-"""A page that shows the entities of a text as it is typed: python examples/page.py, then http://127.0.0.1:7860."""
+"""A page that shows the entities of a text as it is typed: python examples/page.py prints its address."""
 
 import os
+import warnings
 
+warnings.filterwarnings("ignore", module="gradio")  # it names a constant of Starlette's as it was called before
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}  # before gradio is imported
 
 import gradio as gr  # noqa: E402
@@ -27,11 +29,11 @@ def entities(text: str) -> dict:
 with gr.Blocks(title="Italian named entities", analytics_enabled=False) as page:
     gr.Markdown("# People, organisations and places in Italian text")
     typed = gr.Textbox(EXAMPLE, label="Text", lines=5, max_length=LENGTH, autofocus=True)
-    shown = gr.HighlightedText(label="Entities", elem_id="entities", color_map=COLOURS, show_legend=True)
+    shown = gr.HighlightedText(label="Entities", elem_id="entities", color_map=COLOURS)
     # always_last: while one text is computed, only the newest of those typed meanwhile waits
     gr.on([page.load, typed.input], entities, typed, shown, show_progress="hidden", trigger_mode="always_last")
 
 if __name__ == "__main__":
     font = ["system-ui", "sans-serif"]  # gradio's own themes ask Google for fonts
     theme = gr.themes.Default(font=font, font_mono=["monospace"])
-    page.launch(theme=theme, footer_links=[], server_port=int(os.environ.get("PORT", "7860")))
+    page.launch(theme=theme, footer_links=[])
