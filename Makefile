@@ -11,7 +11,7 @@ DEMO_VARS = --vars.gpu_id -1 --vars.dataset corpus/sample --vars.dataset_config 
 	--vars.batch_size 8 --vars.epochs 2
 DEMO_VENV := build/demo-venv
 
-.PHONY: all demo test venv
+.PHONY: all demo known-answers test venv
 
 .venv/requirements.txt: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -39,3 +39,7 @@ demo: venv
 test: .venv/requirements-dev.txt
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+known-answers:
+	@test -x $(DEMO_VENV)/bin/python || { echo "$(DEMO_VENV) is not there; run make demo first."; exit 1; }
+	$(DEMO_VENV)/bin/python tests/known_answers/compare.py it_panx_xlmr $(if $(ACCEPT),--accept)
