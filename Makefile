@@ -12,7 +12,7 @@ DEMO_VARS = --vars.gpu_id -1 --vars.dataset corpus/sample --vars.dataset_config 
 	--vars.batch_size 8 --vars.epochs 2
 DEMO_VENV := build/demo-venv
 
-.PHONY: all demo test test-faults venv
+.PHONY: all demo known-answers test test-faults venv
 
 .venv/requirements.txt: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -43,3 +43,7 @@ test: .venv/requirements-dev.txt
 
 test-faults: .venv/requirements-dev.txt
 	FAULTS=1 $(BIN)/python -m pytest -s tests/faults tests/test_download.py
+
+known-answers:
+	@test -x $(DEMO_VENV)/bin/python || { echo "$(DEMO_VENV) is not there; run make demo first."; exit 1; }
+	$(DEMO_VENV)/bin/python tests/known_answers/compare.py it_panx_xlmr $(if $(ACCEPT),--accept)

@@ -1,0 +1,81 @@
+"""Compares the entities that the demo's package finds in 200 fixed sentences with those that were accepted.
+
+`make known-answers` after `make demo`; `make known-answers ACCEPT=1` stores what the package finds now.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import spacy
+import srsly
+import typer
+from wasabi import msg
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent.parent / "scripts"))
+from atomic import replacing  # noqa: E402
+from errors import UserError, one_sentence  # noqa: E402
+
+ACCEPT = "`make known-answers ACCEPT=1`"
+
+
+def find(pipeline: str, sentences: Path) -> list[dict[str, Any]]:
+    """The entities of each sentence, a line each, by their first character and the one after their last."""
+    texts = sentences.read_text(encoding="utf8").splitlines()
+    return [
+        {"text": doc.text, "ents": [[ent.start_char, ent.end_char, ent.label_] for ent in doc.ents]}
+        for doc in spacy.load(pipeline).pipe(texts)
+    ]
+
+
+def differences(accepted: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[str]:
+    """For each sentence that differs: its number and text, - before an entity that is gone, + before a new one."""
+    known = {row["text"]: {tuple(ent) for ent in row["ents"]} for row in accepted}
+    blocks = []
+    for number, row in enumerate(found, start=1):
+        text, now = row["text"], {tuple(ent) for ent in row["ents"]}
+        before = known.get(text)
+        if before is None:
+            blocks.append(f"sentence {number}: {text}\n  is not among the accepted ones")
+        elif before != now:
+            lines = [
+                f"  {'-' if ent in before else '+'} {ent[2]} {text[ent[0] : ent[1]]!r} ({ent[0]}-{ent[1]})"
+                for ent in sorted(before ^ now)
+            ]
+            blocks.append("\n".join([f"sentence {number}: {text}", *lines]))
+    gone = known.keys() - {row["text"] for row in found}
+    return blocks + [f"accepted sentence that is not asked any more: {text}" for text in sorted(gone)]
+
+
+def main(
+    pipeline: Annotated[str, typer.Argument(help="Installed package or folder", show_default=False)],
+    accept: Annotated[bool, typer.Option("--accept", help="Store what it finds as right")] = False,
+    sentences: Annotated[Path, typer.Option(help="Text file, a sentence a line")] = FOLDER / "sentences.txt",
+    answers: Annotated[Path, typer.Option(help="JSON lines with the accepted entities")] = FOLDER / "answers.jsonl",
+) -> None:
+    """Compare a pipeline's entities in fixed sentences with those that were accepted."""
+    with one_sentence():
+        if not accept and not answers.is_file():
+            raise UserError(f"{answers}: no answers were accepted yet; look at the demo's output and run {ACCEPT}.")
+        found = find(pipeline, sentences)
+        if accept:
+            with replacing(answers) as path:
+                srsly.write_jsonl(path, found)
+            msg.good(f"{answers}: {sum(len(row['ents']) for row in found)} entities in {len(found)} sentences accepted")
+            return
+        try:
+            different = differences(list(srsly.read_jsonl(answers)), found)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{answers}: not what {ACCEPT} writes ({error!r}); restore it from git.") from None
+        if different:
+            print("\n".join(different))
+            raise UserError(
+                f"{len(different)} of {len(found)} sentences have other entities than accepted; if that is meant, "
+                f"run {ACCEPT} and commit {answers.name}."
+            )
+        msg.good(f"{len(found)} sentences have exactly the entities that were accepted")
+
+
+if __name__ == "__main__":
+    typer.run(main)

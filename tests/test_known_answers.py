@@ -1,0 +1,88 @@
+"""The comparison itself, with a pipeline of rules; `make known-answers` compares the demo's package."""
+
+import importlib.util
+
+import pytest
+import spacy
+import typer
+from typer.testing import CliRunner
+
+from conftest import ROOT
+from convert import make_doc
+from panx import read_tsv
+
+FOLDER = ROOT / "tests" / "known_answers"
+spec = importlib.util.spec_from_file_location("compare_known_answers", FOLDER / "compare.py")
+compare = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(compare)
+SENTENCES = (FOLDER / "sentences.txt").read_text(encoding="utf8").splitlines()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs the command with a pipeline that knows the given names, in a folder of its own."""
+    (tmp_path / "sentences.txt").write_text("Bari e Roma.\nAnna è a Bari.\n", encoding="utf8")
+
+    def call(names, *options):
+        nlp = spacy.blank("it")
+        patterns = [{"label": label, "pattern": name} for name, label in names.items()]
+        nlp.add_pipe("entity_ruler").add_patterns(patterns)
+        nlp.to_disk(tmp_path / "pipeline")
+        app = typer.Typer()
+        app.command()(compare.main)
+        files = [f"--{name}={tmp_path / file}" for name, file in FILES.items()]
+        result = CliRunner().invoke(app, [str(tmp_path / "pipeline"), *files, *options])
+        return result.exit_code, " ".join(result.output.split())
+
+    return call
+
+
+FILES = {"sentences": "sentences.txt", "answers": "answers.jsonl"}
+NAMES = {"Bari": "LOC", "Roma": "LOC", "Anna": "PER"}
+
+
+def test_before_anything_was_accepted_it_says_what_to_run(run):
+    code, output = run(NAMES)
+    assert code == 1
+    assert "make known-answers ACCEPT=1" in output
+
+
+def test_the_same_entities_pass(run):
+    code, output = run(NAMES, "--accept")
+    assert (code, "4 entities in 2 sentences" in output) == (0, True)
+    assert run(NAMES)[0] == 0
+
+
+def test_a_change_fails_and_names_the_sentence_and_what_is_gone_and_new(run, tmp_path):
+    run(NAMES, "--accept")
+    before = (tmp_path / "answers.jsonl").read_bytes()
+    code, output = run(NAMES | {"Anna": "ORG"})
+    assert code == 1
+    assert "sentence 2: Anna è a Bari. + ORG 'Anna' (0-4) - PER 'Anna' (0-4)" in output
+    assert "sentence 1" not in output
+    assert (tmp_path / "answers.jsonl").read_bytes() == before
+
+
+def test_other_sentences_than_were_accepted_fail(run, tmp_path):
+    run(NAMES, "--accept")
+    (tmp_path / "sentences.txt").write_text("Bari e Roma.\nNapoli.\n", encoding="utf8")
+    code, output = run(NAMES)
+    assert code == 1
+    assert "sentence 2: Napoli. is not among the accepted ones" in output
+    assert "not asked any more: Anna è a Bari." in output
+
+
+def test_a_broken_answers_file_is_refused_in_a_sentence(run, tmp_path):
+    (tmp_path / "answers.jsonl").write_text('{"text": 3}\n', encoding="utf8")
+    code, output = run(NAMES)
+    assert (code, "restore it from git" in output) == (1, True)
+
+
+def test_there_are_200_sentences():
+    assert len(SENTENCES) == len(set(SENTENCES)) == 200
+
+
+def test_no_sentence_is_copied_from_panx(panx_dir):
+    vocab = spacy.blank("it").vocab
+    splits = [read_tsv(panx_dir / f"{split}-it.tsv") for split in ("train", "validation", "test")]
+    assert not {make_doc(vocab, sentence).text for split in splits for sentence in split} & set(SENTENCES)
