@@ -1,5 +1,6 @@
 # make demo   the whole workflow on the sample corpus, on any CPU, without a model hub
 # make test   the test suite
+# make known-answers   what the demo's package finds in 200 sentences, beside what was accepted
 # make test-faults   commands killed, full disks, a failing hub: 50 kills, some 20 minutes
 # make all    the real thing: PAN-X.it and xlm-roberta-base from the Hub, on GPU 0
 
@@ -42,7 +43,7 @@ test: .venv/requirements-dev.txt
 	$(BIN)/python -m pytest
 
 test-faults: .venv/requirements-dev.txt
-	FAULTS=1 $(BIN)/python -m pytest -s tests/faults tests/test_download.py
+	FAULTS=1 $(BIN)/python -m pytest -s tests/faults tests/test_download.py tests/test_annotate.py
 
 known-answers:
 	@test -x $(DEMO_VENV)/bin/python || { echo "$(DEMO_VENV) is not there; run make demo first."; exit 1; }

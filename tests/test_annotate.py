@@ -26,6 +26,7 @@ from annotate_unit import annotate_unit
 from units import cut, read
 
 SCRIPT = Path(annotate_script.__file__)
+slow = pytest.mark.skipif("FAULTS" not in os.environ, reason="make test-faults runs it: minutes")
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not here: requirements-annotate.txt has it")
 PLACES = ("Bari", "Gela", "Nuoro")
 
@@ -133,6 +134,7 @@ def test_a_cluster_without_the_scripts_says_what_nlp_pipe_says_for_each_format(m
     assert {path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".parquet"} == {"_manifest.json"}
 
 
+@slow
 @needs_ray
 def test_a_killed_worker_loses_nothing_and_repeats_nothing(model, cluster, tmp_path):
     by_file = write_folder(tmp_path / "in", 300)
@@ -147,6 +149,7 @@ def test_a_killed_worker_loses_nothing_and_repeats_nothing(model, cluster, tmp_p
     assert list((tmp_path / "out").glob(".*")) == []
 
 
+@slow
 @needs_ray
 def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
     by_file = write_folder(tmp_path / "in", 300)
