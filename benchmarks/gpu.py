@@ -42,7 +42,7 @@ def main(
         folder = Path(name)
         build_encoder(folder / "base")
         # one update, at a rate that changes nothing: what is timed does not depend on the weights
-        accuracy.SIZES |= {"train": 24, "validation": 24, "test": 0}
+        accuracy.SIZES |= {"train": 24, "validation": 24, "test": count}
         accuracy.prepare(folder / "project", data, folder / "base", gpu_id)
         command = [sys.executable, "-m", "spacy", "train", "training/config.cfg", "--output", folder / "trained"]
         command += ["--code", "scripts/training.py", "--training.max_steps", 1, "--training.eval_frequency", 1]

@@ -115,7 +115,7 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
 class Linear(torch.nn.Linear):
     """PyTorch's linear layer, by oneDNN on a CPU.
 
-    PyTorch takes MKL for float32 there, which leaves half of what an AMD processor can do: benchmarks/linear.py.
+    PyTorch takes MKL for float32 there, which can be half as fast: benchmarks/speed.py compares both.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

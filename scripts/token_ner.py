@@ -1,6 +1,6 @@
 """The pipe `token_ner`: named entities by classifying each token's IOB2 tag, on top of a shared transformer.
 
-This file is all the code of ours that a trained pipeline needs, so it is what the installable package carries.
+The installable package carries this file, as it carries encoder.py and linear_tokenizer.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -19,7 +19,7 @@ from panx import Sentence, read_tsv, to_tsv
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "corpus" / "sample"
-# the properties of tests/test_hostile.py and tests/fuzz over many more examples: HYPOTHESIS_PROFILE=long
+# the properties of tests/test_hostile.py over many more examples: HYPOTHESIS_PROFILE=long
 settings.register_profile("long", max_examples=5000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 # no test may ask a hub for anything

@@ -1,7 +1,7 @@
 """What no text may do, whatever is in it: crash or hang the pipeline or the converter, or put an entity where its text
 is not. The pipeline has random weights, so that it finds entities everywhere.
 
-`make fuzz` runs the same properties over many more examples.
+HYPOTHESIS_PROFILE=long runs the same properties over many more examples.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """What scripts/annotate.py costs beside plain `nlp.pipe`, and what a killed worker and a killed run cost; and the rates
 of reading, writing and handing out units alone, and the bytes of a row, which docs/scale.md is made of.
 
-    python benchmarks/annotate.py it_panx_xlmr --test corpus/test.spacy
+    python benchmarks/bulk_annotation.py it_panx_xlmr --test corpus/test.spacy
 
 One thread a worker. Plain, one and two workers take turns; the medians of the rounds are shown with least and most.
 """
