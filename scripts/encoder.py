@@ -96,7 +96,10 @@ class EncoderShim(HFShim):
         return srsly.msgpack_dumps(message)
 
     def from_bytes(self, bytes_data: bytes) -> "EncoderShim":
-        """Takes what `to_bytes` gave; the weights are 32 bits again."""
+        """Takes what `to_bytes` gave; the weights are 32 bits again. No code that a file brings along is run.
+
+        Raises ValueError for a tokenizer's file whose name leads out of its folder.
+        """
         message = srsly.msgpack_loads(bytes_data)
         if not message["config"]:
             return super().from_bytes(bytes_data)
@@ -105,12 +108,17 @@ class EncoderShim(HFShim):
             srsly.write_json(folder / "config.json", message["config"])
             settings = message["tokenizer"].pop("kwargs", {})
             for file, content in message["tokenizer"].items():
+                if file in ("", "..") or Path(file).name != file:
+                    raise ValueError(
+                        f"The pipeline's tokenizer has a file {file!r}, expected plain names; do not use it."
+                    )
                 (folder / file).write_bytes(content)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **settings | {"trust_remote_code": False})
             vocab_file = getattr(tokenizer, "vocab_file", None)
             vocab_file_contents = Path(vocab_file).read_bytes() if vocab_file else None
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             with no_init_weights():
-                transformer = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+                transformer = AutoModel.from_config(config, trust_remote_code=False)
         transformer.load_state_dict(load(message["state"]))
         self._model = transformer.to(get_torch_default_device()).eval()
         self._hfmodel = HFObjects(tokenizer, transformer, vocab_file_contents, SimpleFrozenDict(), SimpleFrozenDict())
