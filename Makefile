@@ -17,8 +17,10 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 # versions and hashes of every package: `make lock` has written them
 INSTALL = $(PIP) install --no-deps --require-hashes
 
-.venv/requirements.lock: requirements.lock requirements-cuda.lock
+.venv/requirements.lock: requirements.lock requirements-cpu.lock requirements-cuda.lock
 	$(PYTHON) -m venv .venv
+# PyTorch's CPU build, if pip finds it; else the next line takes PyPI's
+	$(INSTALL) -r requirements-cpu.lock 2> /dev/null || true
 	$(INSTALL) -r requirements.lock
 # PyTorch's build on PyPI wants CUDA's libraries even on a CPU (3 GB); its CPU builds do without
 	$(PIP) check > /dev/null || $(INSTALL) -r requirements-cuda.lock

@@ -1,7 +1,7 @@
 """Locks the requirements: every package, direct or not, with its version and the SHA-256 of its files.
 
 `make lock` runs it after a change of a requirements file. uv resolves for all of Python 3.11 and up and all systems at
-once. What PyTorch's build for CUDA needs besides (3 GB) is a file of its own, since its CPU build does without.
+once. What PyTorch's build for CUDA needs besides (3 GB) is a file of its own, and so is the CPU build, without it.
 """
 
 import re
@@ -13,7 +13,7 @@ from wasabi import msg
 
 from atomic import replacing
 
-# PyTorch's builds for the CPU, which a pip that knows them takes before those of PyPI: as `pip hash` gave it
+# PyTorch's builds for the CPU, which are not on PyPI: wheels' SHA-256 as `pip hash` gave it (Python 3.11, Linux)
 CPU_BUILDS = {"2.13.0": ["6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"]}
 CUDA = re.compile(r"(nvidia|cuda|triton|cupy|fastrlock)\b")
 HEADER = "# Made by `make lock` with `uv pip compile --universal --generate-hashes`; change {} instead.\n"
@@ -35,13 +35,12 @@ def compile_requirements(*paths: str) -> dict[str, str]:
     return entries
 
 
-def with_cpu_builds(entry: str) -> str:
-    """PyTorch's entry with the hashes of the CPU builds of the same version."""
+def cpu_build(entry: str) -> str:
+    """The CPU build of the version of PyTorch in its entry, as an entry. Exits where none is known here."""
     version = re.match(r"torch==([0-9.]+)", entry)[1]
-    hashes = [f"    --hash=sha256:{digest}" for digest in CPU_BUILDS.get(version, [])]
-    if not hashes:
-        msg.warn(f"No hash of a CPU build of torch {version} is known; add it to CPU_BUILDS if your pip finds one.")
-    return " \\\n".join([entry.rstrip("\n"), *hashes]) + "\n"
+    if version not in CPU_BUILDS:
+        msg.fail(f"CPU_BUILDS in {__file__} has no hash for torch {version}; add what `pip hash` gives.", exits=1)
+    return " \\\n".join([f"torch=={version}+cpu", *(f"    --hash=sha256:{x}" for x in CPU_BUILDS[version])]) + "\n"
 
 
 def write(path: Path, entries: dict[str, str], sources: str) -> None:
@@ -52,14 +51,15 @@ def write(path: Path, entries: dict[str, str], sources: str) -> None:
 
 
 def main() -> None:
-    """Write requirements.lock, requirements-cuda.lock and requirements-gpu.lock."""
+    """Write requirements.lock and those for the CPU build of PyTorch, for CUDA's libraries, and for CuPy."""
     # together, so that all three files go together
     locked = compile_requirements("requirements-dev.txt", "requirements-gpu.txt")
-    locked["torch"] = with_cpu_builds(locked["torch"])
+    cpu = {"torch": cpu_build(locked["torch"])}
     without_gpu = compile_requirements("requirements-dev.txt")
     gpu = {name: entry for name, entry in locked.items() if name not in without_gpu}
     cuda = {name: entry for name, entry in locked.items() if name in without_gpu and CUDA.match(name)}
     rest = {name: entry for name, entry in locked.items() if name not in gpu and name not in cuda}
+    write(Path("requirements-cpu.lock"), cpu, "scripts/lock.py")
     write(Path("requirements.lock"), rest, "requirements-dev.txt")
     write(Path("requirements-cuda.lock"), cuda, "requirements.txt")
     write(Path("requirements-gpu.lock"), gpu, "requirements-gpu.txt")

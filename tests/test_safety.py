@@ -86,12 +86,11 @@ def test_a_pipeline_without_tricks_is_read(stored):
     assert shim._hfmodel.tokenizer.is_fast
 
 
-@pytest.mark.parametrize("name", ["../outside.txt", "/tmp/outside.txt", "a/b.txt", ".."])
+@pytest.mark.parametrize("name", ["../outside.txt", "/nowhere/outside.txt", "a/b.txt", ".."])
 def test_a_pipelines_files_cannot_leave_their_folder(stored, name):
     stored["tokenizer"][name] = b"outside"
     with pytest.raises(ValueError, match="plain names"):
         read(stored)
-    assert not Path("/tmp/outside.txt").exists()
 
 
 def test_code_that_a_pipeline_brings_along_is_not_run(stored, tmp_path):
