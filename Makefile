@@ -11,7 +11,7 @@ DEMO_VARS = --vars.gpu_id -1 --vars.dataset corpus/sample --vars.dataset_config 
 	--vars.batch_size 8 --vars.epochs 2
 DEMO_VENV := build/demo-venv
 
-.PHONY: all demo fuzz known-answers lock test venv venv-gpu
+.PHONY: all demo fuzz known-answers lock test test-reproducible venv venv-gpu
 
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 # versions and hashes of every package: `make lock` has written them
@@ -59,3 +59,6 @@ known-answers:
 fuzz: venv
 	$(BIN)/python tests/fuzz/test_readers.py --minutes $(or $(MINUTES),10)
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_hostile.py tests/test_linear_tokenizer.py
+
+test-reproducible: venv
+	REPRODUCIBLE=1 $(BIN)/python -m pytest tests/test_reproducible.py
