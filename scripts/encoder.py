@@ -92,6 +92,7 @@ class EncoderShim(HFShim):
         finally:
             self._model = module
         if message["config"]:
+            message["config"].pop("_name_or_path", None)  # a folder of this machine, and another one each time
             message["state"] = save({name: _shortest(tensor) for name, tensor in module.state_dict().items()})
         return srsly.msgpack_dumps(message)
 
