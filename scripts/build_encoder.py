@@ -239,7 +239,8 @@ def dequantise(data: bytes | memoryview) -> np.ndarray:
     values[:, 0] = blocks["halves"] & 0x0F
     values[:, 1] = blocks["halves"] >> 4
     values -= 8
-    values *= blocks["scale"].astype(np.float32)[:, None, None]
+    with np.errstate(invalid="ignore"):  # what is not finite then is refused by whoever asks for the tensor
+        values *= blocks["scale"].astype(np.float32)[:, None, None]
     return values.reshape(-1)
 
 

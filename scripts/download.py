@@ -357,7 +357,7 @@ def compare(found: Mapping[str, Mapping[str, Any]], config: str, checksums: Path
             for split in SPLITS
             if found[split]["sha256"] != expected[split]["sha256"]
         ]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f'{checksums}: expected JSON {{"{config}": {{"train": {{"sha256": …, "sentences": …}}, …}}}} ({error!r}); '
             "restore it."
@@ -386,7 +386,7 @@ def encoder_problems(folder: Path, name: str) -> list[str]:
             configs[file] = json.loads((folder / file).read_bytes())
             if not isinstance(configs[file], dict):
                 raise ValueError
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter for JSON nested too deep
             configs[file] = {}
             problems.append(f"Encoder {name}: {file} is not a JSON object; put the whole file there again.")
     if "config.json" not in names:
@@ -544,7 +544,7 @@ def recorded(assets: Path, part: str, request: Mapping[str, Any]) -> dict[str, A
             with (folder / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                     return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     return record
 
@@ -601,7 +601,7 @@ def read_extra(
         }
         if asked and files == hashes and all(request["kind"] == "hub" for request in requests):
             return there, None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass  # no record or a broken one: read it anew
     for request in requests:
         source, config = request["source"], request["config"]

@@ -14,6 +14,7 @@ from thinc.api import Config
 from wasabi import msg
 
 from atomic import link_or_copy, replacing
+from clean import package_folder, remove
 from errors import UserError, one_sentence
 from evaluate import weights_digest
 
@@ -164,6 +165,7 @@ def main(
 ) -> None:
     """Write a trained pipeline's metadata and make it independent of the project, for `spacy package`."""
     with one_sentence():
+        build = package_folder(lang, name, version)
         origin = srsly.read_json(provenance)
         raw_text = srsly.read_json(metrics / "raw_text.json")
         if raw_text.get("weights") != weights_digest(model):
@@ -201,6 +203,8 @@ def main(
             "LICENSES_SOURCES": sources_licences(meta["sources"]),
         }
         prepare_package(model, output, meta, origin["encoder"]["source"], documents)
+        # an earlier build's files would go into the wheel again where they are newer than the pipeline's
+        remove(build)
         msg.good(
             f"{output}: {lang}_{name} {version}, F1 {meta['performance']['ents_f'] * 100:.2f} on the test sentences"
         )

@@ -110,7 +110,12 @@ TRAINED = {
 @pytest.fixture(scope="session")
 def project(tmp_path_factory, sample, tiny_encoder):
     """A copy of the project in which `all` ran: a tiny encoder learnt a few sentences by heart."""
-    root = tmp_path_factory.mktemp("project")
+    return build_project(tmp_path_factory.mktemp("project"), sample, tiny_encoder)
+
+
+def build_project(root, sample, tiny_encoder):
+    """Runs `all` in the new folder `root`; returns it."""
+    root.mkdir(parents=True, exist_ok=True)
     for name in ("project.yml", "LICENSE", "configs", "scripts"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, root / name)

