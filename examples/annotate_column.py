@@ -76,4 +76,4 @@ if __name__ == "__main__":
     try:
         typer.run(annotate)
     except OSError as error:  # no such file or pipeline, a full disk
-        sys.exit(f"{error}")
+        sys.exit(f"{error} (nothing was written; put that right and run it again)")

@@ -67,7 +67,7 @@ async def entities(request: Request) -> dict[str, list[list[dict]]]:
                 raise answer
             return {"entities": answer}
     except ValidationError as error:
-        raise HTTPException(422, "; ".join(f"{what['loc']}: {what['msg']}" for what in error.errors()[:3])) from None
+        raise HTTPException(422, "; ".join(f"body{[*e['loc']]}: {e['msg']}" for e in error.errors()[:3])) from None
     except asyncio.QueueFull:
         raise HTTPException(503, "Too many requests wait; try again in a second.", {"Retry-After": "1"}) from None
     except TimeoutError:

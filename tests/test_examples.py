@@ -46,7 +46,7 @@ def slow(doc):
 
 import service
 service.nlp.add_pipe("slow", first=True)
-service.SECONDS, service.queue = 6, asyncio.Queue(2)
+service.SECONDS, service.queue = 4, asyncio.Queue(2)
 app = service.app
 """
 
