@@ -248,6 +248,29 @@ def test_spacy_info_tells_about_it(python, offline, tmp_path):
     assert "panx_xlmr" in done.stdout
 
 
+# spaCy's own table of compatible packages, which `spacy validate` asks the network for, does not know this package
+VALIDATE = """
+import http.server, threading
+import spacy.about, spacy.cli
+class Table(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"spacy": {"3.8": {"it_core_news_lg": ["3.8.0"]}}}')
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Table)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+spacy.about.__compatibility__ = f"http://127.0.0.1:{server.server_port}"
+spacy.cli.app(["validate"])
+"""
+
+
+def test_spacy_validate_finds_it_compatible(python, offline, tmp_path):
+    done = subprocess.run([python, "-c", VALIDATE], cwd=tmp_path, env=offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = [line.split() for line in done.stdout.splitlines() if "panx" in line]
+    assert row[1:] == [">=3.8.0,<3.9.0", "1.0.0", "✔"]
+
+
 def test_spacy_evaluate_takes_it_by_name(project, python, offline, tmp_path):
     command = ["evaluate", "it_panx_xlmr", project / "corpus" / "test.spacy", "--gold-preproc", "--output", "m.json"]
     subprocess.run([python, "-m", "spacy", *command], cwd=tmp_path, env=offline, check=True)
