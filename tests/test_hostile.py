@@ -1,16 +1,22 @@
-"""What no text may do, whatever is in it: crash or hang the pipeline or the converter, or put an entity where its text
-is not. The pipeline has random weights, so that it finds entities everywhere.
+"""What no text may do, whatever is in it: crash or hang the pipeline, the annotator or the converter, or put an entity
+where its text is not. The pipeline has random weights, so that it finds entities everywhere.
 
 HYPOTHESIS_PROFILE=long runs the same properties over many more examples.
 """
 
 import contextlib
+import csv
+import json
 import sys
+import tempfile
 import unicodedata
+from pathlib import Path
 
 import numpy
+import pyarrow.parquet
 import pytest
 import spacy
+import srsly
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from spacy.tokens import Doc
@@ -18,10 +24,12 @@ from spacy.training import Example
 
 import encoder
 import token_ner  # noqa: F401
+from annotate_unit import annotate_unit, bad_path, part_path
 from convert import convert_split, repair
 from errors import UserError
 from linear_tokenizer import SURROGATE
 from panx import TAGS, Sentence, digest, read_tsv, to_tsv
+from units import FORMATS, cut
 
 SPACES = "".join(chr(i) for i in range(sys.maxunicode + 1) if chr(i).isspace())
 # of each kind that some program somewhere trips over
@@ -196,6 +204,52 @@ def test_what_is_no_text_is_refused_in_a_sentence(nlp):
     for thing in (None, 3, ["Bari"]):
         with pytest.raises(ValueError, match="Expected a string"):
             nlp(thing)
+
+
+# ---- The annotator
+
+
+def write_rows(path, rows):
+    """The rows in the file's format, in the column `text`. Gives the rows as the file has them: Parquet has no lone
+    surrogates.
+    """
+    if path.suffix == ".parquet":
+        rows = [SURROGATE.sub("\ufffd", row) if row else row for row in rows]
+        pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(rows, pyarrow.string())}), path)
+    elif path.suffix == ".csv":
+        rows = [row or "" for row in rows]  # CSV has no null
+        with path.open("w", newline="", encoding="utf8", errors="surrogatepass") as file:
+            csv.writer(file).writerows([["text"], *([row] for row in rows)])
+    else:
+        path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return rows
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(texts | st.none(), min_size=1, max_size=8), st.sampled_from(FORMATS), st.integers(1, 4))
+def test_the_annotator_writes_each_row_once_or_says_what_is_wrong_with_it(nlp, rows, suffix, unit_rows):
+    with tempfile.TemporaryDirectory() as name:
+        source, output = Path(name) / f"hostile{suffix}", Path(name) / "annotated"
+        rows = write_rows(source, rows)
+        units = list(cut(source, "text", unit_rows))
+        for unit in units:
+            annotate_unit(nlp, source, source.name, "text", 5_000, unit, output)
+        written, bad = {}, {}
+        for unit in units:
+            part = part_path(output, unit)
+            if part.exists():
+                written |= {row["row"]: row for row in pyarrow.parquet.read_table(part).to_pylist()}
+            if bad_path(output, unit).exists():
+                bad |= {row["row"]: row["reason"] for row in srsly.read_jsonl(bad_path(output, unit))}
+    refused = {i for i, row in enumerate(rows) if row is None or len(row) > 5_000 or SURROGATE.search(row)}
+    assert bad.keys() == refused
+    assert written.keys() == set(range(len(rows))) - refused
+    for number, row in written.items():
+        assert row["text"] == rows[number]
+        end = 0
+        for entity in row["entities"]:
+            assert end <= entity["start"] < entity["end"] <= len(row["text"])
+            end = entity["end"]
 
 
 # ---- The converter
