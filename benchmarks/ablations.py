@@ -1,10 +1,11 @@
 """What the project would be without one of its choices: registered functions for `spacy train --code`."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy
+from spacy import registry
 from spacy.language import Language
 from spacy.training import Example
 from thinc.api import Model
@@ -40,3 +41,13 @@ class SoftmaxNer(token_ner.TokenNer):
         loss = -float(log_probabilities[rows, gold[rows]].sum()) / count
         zeros = xp.zeros_like(scores.transitions), xp.zeros_like(scores.start)
         return loss, token_ner.TagScores(by_doc, *zeros)
+
+
+@registry.augmenters("panx_xlmr.PanxWords.v1")
+def panx_words() -> Callable[[Language, Example], Iterator[Example]]:
+    """Leaves the words of training sentences as PAN-X has them."""
+
+    def augment(nlp: Language, example: Example) -> Iterator[Example]:
+        yield example
+
+    return augment

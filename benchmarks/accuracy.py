@@ -49,6 +49,9 @@ CHOICES = {
         "components.transformer.model.transformer_config.hidden_dropout_prob": 0.1,
         "components.transformer.model.transformer_config.attention_probs_dropout_prob": 0.1,
     },
+    "quotes cut off training words; without: as PAN-X glues them": {
+        "corpora.train.augmenter.@augmenters": "panx_xlmr.PanxWords.v1"
+    },
 }
 
 

@@ -11,13 +11,13 @@ script that benchmarks/accuracy.py compares with, the folder that of PAN-X.it, t
 3. The card's recipe with the small pretrained encoder: F1 after training on the GPU.
 """
 
-import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import srsly
+import torch
 import typer
 
 import accuracy
@@ -37,7 +37,7 @@ def main(
     sentences: Annotated[int, typer.Option(help="Training sentences whose time is taken")] = 1680,
 ) -> None:
     """Measure training and prediction on a GPU."""
-    threads = os.cpu_count() or 1
+    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build_encoder(folder / "base")

@@ -1,4 +1,4 @@
-"""The registered functions that only training needs: optimizer, batches, a logger with the validation loss."""
+"""The registered functions that only training needs: optimizer, words, batches, a logger with the validation loss."""
 
 import itertools
 import re
@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from spacy import registry
 from spacy.language import Language
+from spacy.tokens import Doc
 from spacy.training import Example
 from spacy.training.loggers import console_logger_v3
 from spacy.util import compile_infix_regex, compile_suffix_regex, minibatch
@@ -199,6 +200,33 @@ def split_quotes_and_initials() -> Callable[[Language], None]:
         }
 
     return customize
+
+
+@registry.augmenters("panx_xlmr.SplitQuotes.v1")
+def split_quotes() -> Callable[[Language, Example], Iterator[Example]]:
+    """Cuts opening quotes off the words of training sentences, `''Strada` into `''` and `Strada`, as tokenizers do.
+
+    PAN-X has them glued to the first word of what is no entity (779 of 791 in the Italian training sentences), and
+    apart before entities. A pipe that learns from that finds an entity in all that is in quotes in a text.
+    """
+
+    def augment(nlp: Language, example: Example) -> Iterator[Example]:
+        words: list[str] = []
+        spaces: list[bool] = []
+        tags: list[str] = []
+        for token in example.reference:
+            tag = f"{token.ent_iob_}-{token.ent_type_}" if token.ent_type_ else "O"
+            if glued := re.match(r"'{2,}(?=[^'])", token.text):
+                words.append(glued.group())
+                spaces.append(False)
+                tags.append(tag if tag[0] == "I" else "O")
+            words.append(token.text[len(words[-1]) if glued else 0 :])
+            spaces.append(bool(token.whitespace_))
+            tags.append(tag)
+        gold = Doc(nlp.vocab, words=words, spaces=spaces, ents=tags)
+        yield Example(Doc(nlp.vocab, words=words, spaces=spaces), gold)
+
+    return augment
 
 
 @registry.batchers("panx_xlmr.SentenceBatches.v1")

@@ -6,8 +6,8 @@ import spacy
 import srsly
 import torch
 from spacy.cli.train import train
-from spacy.tokens import DocBin
-from spacy.training import Corpus
+from spacy.tokens import Doc, DocBin
+from spacy.training import Corpus, Example
 from thinc.api import warmup_linear
 
 import training
@@ -132,6 +132,27 @@ def italian():
 )
 def test_the_tokenizer_splits_where_panx_ends_an_entity(italian, text, tokens):
     assert [token.text for token in italian(text)] == tokens
+
+
+def test_training_words_have_no_opening_quote_glued_to_them(italian):
+    gold = Doc(
+        italian.vocab,
+        words=["In", "''Strada", "di", "''Lost", "''", "''", "di", "l'Aquila"],
+        spaces=[True, True, True, False, True, False, True, False],
+        ents=["O", "O", "B-ORG", "I-ORG", "I-ORG", "O", "O", "B-LOC"],
+    )
+    (example,) = training.split_quotes()(italian, Example(gold.copy(), gold))
+    words = ["In", "''", "Strada", "di", "''", "Lost", "''", "''", "di", "l'Aquila"]
+    assert [t.text for t in example.reference] == [t.text for t in example.predicted] == words
+    assert [(ent.text, ent.label_) for ent in example.reference.ents] == [("di ''Lost''", "ORG"), ("l'Aquila", "LOC")]
+    assert example.predicted.text == example.reference.text == gold.text
+    assert not example.predicted.ents
+
+
+def test_an_entity_that_begins_with_a_glued_quote_begins_after_it(italian):
+    gold = Doc(italian.vocab, words=["''Lost", "''"], spaces=[False, False], ents=["B-ORG", "O"])
+    (example,) = training.split_quotes()(italian, Example(gold.copy(), gold))
+    assert [ent.text for ent in example.reference.ents] == ["Lost"]
 
 
 @pytest.fixture(scope="module")
