@@ -93,7 +93,7 @@ def main(
         with replacing(output) as path:
             config.to_disk(path)
         steps = config["training"]["max_steps"]
-        by_hand = f"spacy train {output} --code scripts/training.py --output training"
+        by_hand = f"spacy train {output} --code scripts/training.py --output training --gpu-id {gpu_id}"
         msg.good(f"{output}: {steps} steps; `{by_hand}` runs it by hand")
 
 

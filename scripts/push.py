@@ -92,7 +92,7 @@ def upload(files: dict[str, bytes | Path], repo: str, message: str) -> str:
 def main(
     package: Annotated[Path, typer.Argument(help="Folder that `spacy package` has made", show_default=False)],
     repo: Annotated[str, typer.Argument(help="Repository on the Hub: OWNER/NAME", show_default=False)],
-    dry_run: Annotated[bool, typer.Option(help="Only show what would be uploaded")] = True,
+    publish: Annotated[bool, typer.Argument(help="false: only show what would be uploaded")] = False,
 ) -> None:
     """Upload the package's wheel and model card to the Hub."""
     with one_sentence():
@@ -100,8 +100,8 @@ def main(
         for name, content in files.items():
             size = len(content) if isinstance(content, bytes) else content.stat().st_size
             msg.info(f"{name}: {size / 1e6:,.2f} MB")
-        if dry_run:
-            msg.good(f"This would go to {repo}; --vars.push_options=--no-dry-run uploads it.")
+        if not publish:
+            msg.good(f"This would go to {repo}; --vars.publish true uploads it.")
             return
         version = srsly.read_json(files["meta.json"])["version"]
         msg.good(f"Published: {upload(files, repo, f'Version {version}')}")

@@ -136,7 +136,7 @@ def test_by_default_nothing_is_uploaded_and_all_files_are_shown(package, hub):
 
 
 def test_wheel_and_card_are_uploaded_in_one_commit(package, hub):
-    code, output = run(package, "anna/it_panx_xlmr", "--no-dry-run")
+    code, output = run(package, "anna/it_panx_xlmr", "true")
     assert code == 0, output
     assert "/anna/it_panx_xlmr/commit/1" in output
     assert hub.large == {hashlib.sha256(WHEEL).hexdigest(): WHEEL}
@@ -152,7 +152,7 @@ def test_wheel_and_card_are_uploaded_in_one_commit(package, hub):
 @pytest.mark.parametrize(("status", "advice"), [(403, "token that may write"), (503, "try again later")])
 def test_a_hub_that_refuses_is_one_sentence(package, hub, status, advice):
     hub.status = status
-    code, output = run(package, "anna/it_panx_xlmr", "--no-dry-run")
+    code, output = run(package, "anna/it_panx_xlmr", "true")
     assert code == 1
     assert f"HTTP {status}" in output
     assert advice in output
@@ -162,21 +162,21 @@ def test_a_hub_that_refuses_is_one_sentence(package, hub, status, advice):
 def test_a_hub_that_is_away_is_one_sentence(package, hub):
     hub.shutdown()
     hub.server_close()
-    code, output = run(package, "anna/it_panx_xlmr", "--no-dry-run")
+    code, output = run(package, "anna/it_panx_xlmr", "true")
     assert code == 1
     assert "can't be reached" in output
 
 
 @pytest.mark.parametrize("repo", ["", "a/b/c", "anna/con spazi"])
 def test_a_name_that_no_repository_has_is_one_sentence(package, hub, repo):
-    code, output = run(package, repo, "--no-dry-run")
+    code, output = run(package, repo, "true")
     assert code == 1
     assert "--vars.hub_repo" in output
 
 
 def test_without_a_wheel_nothing_is_uploaded(package, hub):
     next((package / "dist").iterdir()).unlink()
-    code, output = run(package, "anna/it_panx_xlmr", "--no-dry-run")
+    code, output = run(package, "anna/it_panx_xlmr", "true")
     assert code == 1
     assert "spacy project run all" in output
     assert hub.repos == []

@@ -1,5 +1,6 @@
 """The whole project in a copy of it, from TSV to a package that works where nothing of the project is."""
 
+import shlex
 import shutil
 import zipfile
 
@@ -9,7 +10,7 @@ import srsly
 from spacy.cli import project_run
 from spacy.tokens import DocBin
 from spacy.util import load_config
-from weasel.cli.run import load_project_config
+from weasel.cli.run import load_project_config, parse_config_overrides
 
 import encoder  # noqa: F401  registers what the trained pipeline is loaded with, as do the next two
 import linear_tokenizer  # noqa: F401
@@ -31,6 +32,15 @@ def test_every_script_and_config_is_a_dep_of_the_command_that_uses_it():
         words = " ".join(command["script"]).replace(",", " ").split()
         used = [w for w in words if w.startswith(("scripts/", "configs/"))]
         assert [w for w in used if w not in command.get("deps", [])] == []
+
+
+def test_values_reach_the_commands_as_they_were_given():
+    given = ["--vars.publish", "true", "--vars.allow_other_data", "true", "--vars.dataset", "my data/it"]
+    config = load_project_config(ROOT, overrides=parse_config_overrides(given))
+    words = {command["name"]: shlex.split(command["script"][0]) for command in config["commands"]}
+    assert words["push"][-1].lower() == words["download"][2].lower() == "true"
+    for command in ("check", "download"):
+        assert words[command][words[command].index("--dataset") + 1] == "my data/it"
 
 
 def test_metrics_of_spacy_and_seqeval_are_the_same(project):
@@ -126,7 +136,11 @@ def test_clean_removes_what_was_made_and_nothing_else(project, tmp_path):
     copy = tmp_path / "project"
     shutil.copytree(project, copy, ignore=shutil.ignore_patterns("model-*", "*.whl"))
     (copy / "corpus" / "sample").mkdir()
+    for folder in (copy / "build", copy / "packages" / "unfinished", copy / "packages" / "another-1.0.0"):
+        folder.mkdir()
     project_run(copy, "clean")
+    assert not (copy / "build").exists()
+    assert {path.name for path in (copy / "packages").iterdir()} == {"another-1.0.0"}
     assert {path.name for path in (copy / "corpus").iterdir()} == {"sample"}
     assert not [
         name for name in ("assets", "training", "metrics") if (copy / name).exists() and any((copy / name).iterdir())
