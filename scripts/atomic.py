@@ -4,6 +4,7 @@ import contextlib
 import glob
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +14,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path` for a file or a folder; it replaces `path` only if the block succeeds.
 
     Raises OSError as the file system does, naming `path` where it names no file. On any error the temporary is removed
-    and `path` stays as it was. What killed processes left beside `path` is removed first.
+    and `path` stays as it was. What killed processes of this machine left beside `path` is removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+    beside = f".{path.name}.partial-{socket.gethostname()}-"  # several machines may write to a shared folder
+    temporary = path.with_name(f"{beside}{os.getpid()}")
+    for left in path.parent.glob(f"{glob.escape(beside)}*"):
         if not _is_running(left.name.rpartition("-")[2]):
             _remove(left)
     _remove(temporary)
@@ -27,7 +29,9 @@ def replacing(path: Path) -> Iterator[Path]:
             _remove(path)  # a folder can't be renamed onto one that has files in it
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a refused write does not say to which file
+        # one without a number is not the file system's, and has a message of its own; but for copytree's
+        if error.errno is not None or isinstance(error, shutil.Error):
+            error.filename = error.filename or str(path)  # a refused write does not say to which file
         raise
     finally:
         _remove(temporary)

@@ -407,9 +407,10 @@ def _weights_problems(folder: Path, names: set[str], configs: Mapping[str, dict]
     weights = ["model.safetensors"]
     if "model.safetensors" not in names and "model.safetensors.index.json" in names:
         weight_map = configs["model.safetensors.index.json"].get("weight_map")
-        weights = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-        if not weights:
-            return ["model.safetensors.index.json has no weight_map; put the whole file there again."]
+        weights = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not weights or not all(isinstance(file, str) for file in weights):
+            return ["model.safetensors.index.json has no weight_map of file names; put the whole file there again."]
+        weights = sorted(set(weights))
     elif "model.safetensors" not in names:
         return [
             "no model.safetensors; pickled weights (pytorch_model.bin) are not read, as they can run code: write it "
@@ -435,6 +436,11 @@ def _tokenizer_problems(names: set[str], configs: Mapping[str, dict]) -> list[st
         return [
             "no tokenizer; expected tokenizer.json, a SentencePiece .model, vocab.txt, or vocab.json and merges.txt."
         ]
+    named = sorted(
+        {"vocab_file", "tokenizer_file", "merges_file", "spm_file"} & configs.get("tokenizer_config.json", {}).keys()
+    )
+    if named:
+        return [f"tokenizer_config.json names a file of its own ({named[0]}), which could be any; take the entry out."]
     declared = configs.get("tokenizer_config.json", {}).get("tokenizer_class")
     declared = declared or configs.get("config.json", {}).get("tokenizer_class")
     if declared == "PreTrainedTokenizerFast":
@@ -649,8 +655,8 @@ def download(
     if differing := compare(found, dataset_config, checksums):
         message = f"{dataset}, config {dataset_config}, has other content than {checksums} says: {'; '.join(differing)}"
         if not allow_other_data:
-            raise UserError(f"{message}; set the dataset meant, or --vars.download_options=--allow-other-data.")
-        msg.warn(f"{message}; taken because of --allow-other-data.")
+            raise UserError(f"{message}; set the dataset meant, or --vars.allow_other_data true.")
+        msg.warn(f"{message}; taken because allow_other_data is true.")
     total = " + ".join(f"{found[split]['sentences']:,} {split}" for split in SPLITS)
     msg.good(f"Data: {dataset}, {total} sentences{', already there, verified' if contents is None else ''}")
 
@@ -701,6 +707,9 @@ def download(
 
 
 def main(
+    allow_other_data: Annotated[
+        bool, typer.Argument(help="true: take data with other content too", show_default=False)
+    ],
     dataset: Annotated[str, typer.Option(help="Dataset on the Hub, or a folder of TSV files or in the Hub's layout")],
     dataset_config: Annotated[str, typer.Option(help="The dataset's config, for example PAN-X.it")],
     dataset_revision: Annotated[str, typer.Option(help="The dataset's commit on the Hub")],
@@ -712,7 +721,6 @@ def main(
     extra_train: Annotated[
         list[str] | None, typer.Argument(help="Further folders or configs, for training only", show_default=False)
     ] = None,
-    allow_other_data: Annotated[bool, typer.Option("--allow-other-data", help="Take other content too")] = False,
 ) -> None:
     """Put a pinned snapshot of the data and of the encoder into the assets folder."""
     with one_sentence():

@@ -1,11 +1,15 @@
 """Errors that a user can mend: printed as one sentence, exit code 1, no traceback."""
 
 import contextlib
+import errno
 import shutil
 import sys
 from collections.abc import Iterator
 
 from wasabi import msg
+
+# what a disk or its permissions refuse
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 
 
 class UserError(Exception):
@@ -22,8 +26,9 @@ def one_sentence() -> Iterator[None]:
         sys.exit(1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        reason = error.strerror or error
+        reason, of_disk = error.strerror or error, error.errno in DISK
         if isinstance(error, shutil.Error):  # all that copytree could not copy: (source, target, why) of each
-            reason = error.args[0][0][2]
-        msg.fail(f"{where}{reason}; free the space or the path it names and run the command again.")
+            reason, of_disk = error.args[0][0][2], True
+        hint = "free the space or the path it names" if of_disk else "mend that"
+        msg.fail(f"{where}{reason}; {hint} and run the command again.")
         sys.exit(1)

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import download as module
+from atomic import replacing
 from download import copy_encoder, download, encoder_problems, recorded
 from errors import UserError
 from panx import SPLITS, TAGS, Sentence, digest, read_tsv, to_tsv
@@ -292,7 +294,7 @@ def test_other_data_stops_with_both_sums_and_counts_of_each_split(run, tmp_path)
         there, other = (f"{digest(some)} with {len(some)}" for some in (SENTENCES[split], expected[split]))
         assert f"{split}: SHA-256 {there} sentences, expected {other}" in str(error.value)
     assert "validation:" not in str(error.value)
-    assert "--vars.download_options=--allow-other-data" in str(error.value)
+    assert "--vars.allow_other_data true" in str(error.value)
     assert not (tmp_path / "assets").exists()
 
 
@@ -478,14 +480,22 @@ def test_interrupt_while_copying_leaves_nothing_new(run, tmp_path, monkeypatch):
 def test_what_a_killed_run_left_is_removed_and_what_a_living_one_writes_is_not(run, tmp_path):
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
-    left = tmp_path / "assets" / f".encoder.partial-{killed.pid}"
-    living = tmp_path / "assets" / f".encoder.partial-{os.getppid()}"
-    for folder in (left, living):
+    host = socket.gethostname()
+    left = tmp_path / "assets" / f".encoder.partial-{host}-{killed.pid}"
+    living = tmp_path / "assets" / f".encoder.partial-{host}-{os.getppid()}"
+    elsewhere = tmp_path / "assets" / f".encoder.partial-another{host}-{killed.pid}"
+    for folder in (left, living, elsewhere):
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(b"half")
     run()
     assert not left.exists()
     assert living.exists()
+    assert elsewhere.exists()
+
+
+def test_the_reason_of_an_error_that_is_not_the_file_systems_is_kept(tmp_path):
+    with pytest.raises(OSError, match="^Data corruption detected$"), replacing(tmp_path / "file"):
+        raise OSError("Data corruption detected")
 
 
 @pytest.mark.parametrize("part", ["data/train.tsv", "encoder/model.safetensors"])
@@ -650,7 +660,7 @@ def script(tmp_path):
             "checksums": checksums,
         }
         arguments |= dict(zip(options[::2], options[1::2], strict=True))
-        command = [sys.executable, ROOT / "scripts" / "download.py"]
+        command = [sys.executable, ROOT / "scripts" / "download.py", "false"]
         for name, value in arguments.items():
             command += [f"--{name}", value]
         environment = {

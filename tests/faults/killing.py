@@ -49,8 +49,7 @@ def contents(project: Path) -> dict[str, str]:
     """SHA-256 of every file that the workflow has made, by its path; of a wheel, of each file in it; UNFINISHED for
     what is not in its place yet.
 
-    Left out is what no two runs have alike: the speed in metrics/test.json, a wheel's times, setuptools' build folders,
-    and the temporary folder's name that a transformer's config has kept, with the sums of the files it is in.
+    Left out is what no two runs have alike: the speed in metrics/test.json, a wheel's times, setuptools' build folders.
     """
     found = {}
     for name in PRODUCTS:

@@ -68,9 +68,13 @@ def disk(tmp_path):
 def arguments(name: str, target: Path, encoder: Path) -> tuple[list[object], list[str]]:
     """A script's arguments in a finished project, all that it writes below `target`; and what that is there called."""
     words = {
-        "download": [*("--output", target, "--checksums", "configs/checksums.json", "--dataset", "data")]
+        "download": [
+            "false",
+            "PAN-X.es",
+            *("--output", target, "--checksums", "configs/checksums.json", "--dataset", "data"),
+        ]
         + [*("--dataset-config", "tiny", "--dataset-revision", "x", "--encoder-revision", "x", "--lang", "it")]
-        + ["--encoder", encoder, "PAN-X.es"],
+        + ["--encoder", encoder],
         "convert": ["assets/data", target, "--extra-train", "assets/extra_train"],
         "configure": ["configs/xlmr.cfg", target / "config.cfg", "--batch-size", 24, "--seed", 42, "--lang", "it"]
         + ["--gpu-id", -1, "--epochs", TRAINED["epochs"]]
