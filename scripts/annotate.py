@@ -34,7 +34,7 @@ from atomic import replacing
 from errors import UserError, one_sentence
 from units import Unit, cut, fingerprint, input_files, root_of
 
-MANIFEST, TRIED = "_manifest.json", "_tried"
+MANIFEST, TRIED, LOCK = "_manifest.json", "_tried", "_lock"
 ATTEMPTS = 4  # a unit on which so many workers died is given up
 # sent to the workers as they are here: a cluster's machines need the pipeline's package, not these files
 SHIPPED = ("annotate_unit", "atomic", "errors", "units", __name__)
@@ -43,11 +43,13 @@ SHIPPED = ("annotate_unit", "atomic", "errors", "units", __name__)
 def identify(model: str) -> str:
     """Name, version and SHA-256 (of all files, code and weights) of an installed pipeline or of one in a folder.
 
-    Raises UserError if there is none.
+    Raises UserError if there is none, and for a folder of this project's, whose code no other machine has.
     """
     folder = get_package_path(model) if is_package(model) else Path(model)
     if not (folder / "meta.json").is_file():
         raise UserError(f"{model}: neither an installed pipeline nor a pipeline's folder; install its wheel first.")
+    if not is_package(model) and "panx_xlmr." in (folder / "config.cfg").read_text(encoding="utf8"):
+        raise UserError(f"{model}: a pipeline without its code; install the wheel that `package` makes and name that.")
     meta, digest = srsly.read_json(folder / "meta.json"), hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc"):
         with path.open("rb") as file:
@@ -72,7 +74,8 @@ def plan(source: Path, output: Path, settings: dict[str, Any]) -> tuple[dict[str
         if changes:
             raise UserError(f"{output} was begun with {changes[0]}; name a new folder, or go on as it was begun.")
         return inputs, [Unit(*unit) for unit in begun["units"]]
-    if output.exists() and any(output.iterdir()):
+    left = f".{MANIFEST}.partial-"  # by a run that was killed while it wrote that
+    if any(path.name != LOCK and not path.name.startswith(left) for path in output.iterdir()):
         raise UserError(f"{output}: not empty, and not begun by this command; name a new folder.")
     units: list[Unit] = []
     for number, path in enumerate(tqdm(files, "Cutting", unit=" files", disable=None)):
@@ -127,13 +130,22 @@ class Annotator:
 
 @contextlib.contextmanager
 def only_one(output: Path) -> Iterator[None]:
-    """Raises UserError while another run writes to the folder; the system lets go of the lock when that run ends."""
-    with (output / MANIFEST).open() as file:
+    """Makes the folder, and removes it if nothing was begun there. Raises UserError while another run writes to it; the
+    system lets go of the lock when that run ends.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / LOCK).open("a") as file:  # shared file systems lock what may be written only
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{output}: another run writes there; let it end.") from None
-        yield
+        try:
+            yield
+        finally:
+            if not (output / MANIFEST).exists():
+                (output / LOCK).unlink()
+                with contextlib.suppress(OSError):  # it is not empty
+                    output.rmdir()
 
 
 @contextlib.contextmanager
@@ -168,6 +180,12 @@ def ray_session(address: str, cpus: int | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def fitting_workers(machines: Sequence[dict[str, float]], cpus: int, gpus: float) -> int:
+    """How many workers of so many CPUs and GPUs each fit on Ray's machines, each of them on one."""
+    needs = {"CPU": cpus, "GPU": gpus}
+    return sum(int(min(there.get(kind, 0) / need for kind, need in needs.items() if need)) for there in machines)
+
+
 def work(
     items: Sequence[dict[str, Any]], actor: Sequence[Any], workers: int, cpus: int, gpus: float, bar: tqdm
 ) -> dict[str, float]:
@@ -178,11 +196,10 @@ def work(
     """
     import ray
 
-    there = ray.cluster_resources()
-    fitting = int(there.get("GPU", 0) // gpus if gpus else there.get("CPU", 0) // cpus)
+    fitting = fitting_workers([node["Resources"] for node in ray.nodes() if node["Alive"]], cpus, gpus)
     if not fitting:
-        raise UserError(f"No worker fits: each needs {cpus} CPUs and {gpus:g} GPUs, more than Ray has.")
-    workers = min(workers or fitting, len(items))
+        raise UserError(f"No worker fits: each needs {cpus} CPUs and {gpus:g} GPUs, more than a machine of Ray's has.")
+    workers = min(workers or fitting, fitting, len(items))
     results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         Annotator,
         fn_constructor_args=(*actor, cpus, gpus > 0),
@@ -228,9 +245,9 @@ def annotate(
     source, output = source.resolve(), output.resolve()
     model = model if is_package(model) else str(Path(model).resolve())
     settings = {"model": identify(model), "column": column, "max_chars": max_chars, "unit_rows": unit_rows}
-    inputs, units = plan(source, output, settings)
-    names = list(inputs)
     with only_one(output):
+        inputs, units = plan(source, output, settings)
+        names = list(inputs)
         there = {entry.name for entry in os.scandir(output)}
         todo = [unit for unit in units if part_path(output, unit).name not in there]
         before = sum(unit.count for unit in units) - sum(unit.count for unit in todo)

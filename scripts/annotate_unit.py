@@ -12,7 +12,7 @@ from spacy.language import Language
 from spacy.tokens import Doc, Span
 
 from atomic import replacing
-from units import Unit, read
+from units import Unit, is_utf8, read
 
 ENTITY = {"start": pyarrow.int32(), "end": pyarrow.int32(), "label": pyarrow.string(), "score": pyarrow.float32()}
 SCHEMA = pyarrow.schema(
@@ -44,11 +44,7 @@ def reason_against(value: Any, max_chars: int) -> str:
         return f"not a string: {type(value).__name__}"
     if len(value) > max_chars:
         return f"too long: {len(value):,} characters"
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return "not valid Unicode"
-    return ""
+    return "" if is_utf8(value) else "not valid Unicode"
 
 
 def entities(doc: Doc) -> list[dict[str, Any]]:

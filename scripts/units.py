@@ -41,7 +41,7 @@ def input_files(source: Path, output: Path) -> list[Path]:
     """The files to annotate, in order: `source` itself, or those below it that are not hidden, nor this
     command's own.
 
-    Raises UserError if there is none.
+    Raises UserError if there is none, and for a name that is not UTF-8, which no output could hold.
     """
     if source.is_file() and source.suffix in FORMATS:
         return [source]
@@ -52,9 +52,20 @@ def input_files(source: Path, output: Path) -> list[Path]:
             (files if path.suffix in FORMATS else others).append(path)
     if not files:
         raise UserError(f"{source}: no {', '.join(FORMATS)} file to annotate; name a folder that has some, or a file.")
+    if wrong := [path for path in files if not is_utf8(str(path.relative_to(source)))]:
+        raise UserError(f"{ascii(str(wrong[0]))}: the file's name is not UTF-8; rename it.")
     if others:
         msg.warn(f"Left out, neither {', '.join(FORMATS)}: {len(others)} file(s), {others[0]} first")
     return files
+
+
+def is_utf8(text: str) -> bool:
+    """Whether the text has no lone surrogates, which stand for what could not be decoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def fingerprint(path: Path) -> list[int]:

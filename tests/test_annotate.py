@@ -131,7 +131,10 @@ def test_a_cluster_without_the_scripts_says_what_nlp_pipe_says_for_each_format(m
     assert run.returncode == 0, printed
     assert re.search(r"150 rows; [\d,.]+ rows/s with 2 worker", printed)
     assert rows_of(tmp_path / "out") == expected_of(model, by_file)
-    assert {path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".parquet"} == {"_manifest.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".parquet"} == {
+        "_manifest.json",
+        "_lock",
+    }
 
 
 @slow
@@ -294,7 +297,8 @@ def begun(model, tmp_path):
     source, out = tmp_path / "in", tmp_path / "out"
     write_folder(source, 5)
     chosen = {"model": annotate_script.identify(str(model)), "column": "text", "max_chars": 100_000}
-    annotate_script.plan(source, out, chosen | {"unit_rows": 10_000})
+    with annotate_script.only_one(out):
+        annotate_script.plan(source, out, chosen | {"unit_rows": 10_000})
     return model, source, out
 
 
@@ -345,6 +349,42 @@ def test_a_file_that_can_not_be_annotated_is_one_sentence_and_nothing_is_written
     (tmp_path / "in" / name).write_bytes(content)
     assert expected in refused(annotate_script, model, tmp_path / "in", tmp_path / "out")
     assert not any(path.is_file() for path in (tmp_path / "out").rglob("*"))
+
+
+def test_a_file_whose_name_is_not_utf8_is_refused(model, refused, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / os.fsdecode(b"citt\xe0.jsonl")).write_text('{"text": "Bari"}\n')
+    assert "the file's name is not UTF-8" in refused(annotate_script, model, tmp_path / "in", tmp_path / "out")
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_plan_can_be_started_again(model, tmp_path):
+    write_folder(tmp_path / "in", 5)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "._manifest.json.partial-host-1").write_text("{")
+    chosen = {"column": "text", "unit_rows": 10, "max_chars": 10, "model": "any"}
+    assert annotate_script.plan(tmp_path / "in", tmp_path / "out", chosen)
+
+
+def test_a_folder_of_this_project_is_refused_since_other_machines_lack_its_code(project, refused, tmp_path):
+    write_folder(tmp_path / "in", 5)
+    output = refused(annotate_script, project / "training" / "model", tmp_path / "in", tmp_path / "out")
+    assert "install the wheel" in output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("machines", "cpus", "gpus", "workers"),
+    [
+        ([{"CPU": 16.0, "GPU": 1.0}], 1, 1, 1),
+        ([{"CPU": 16.0, "GPU": 1.0}], 64, 1, 0),
+        ([{"CPU": 16.0, "GPU": 1.0}], 1, 0.5, 2),
+        ([{"CPU": 2.0}, {"CPU": 3.0}], 2, 0, 2),
+        ([{"CPU": 2.0}, {"CPU": 2.0}], 4, 0, 0),
+        ([{"memory": 1.0}], 1, 0, 0),
+    ],
+)
+def test_workers_fit_where_one_machine_has_the_cpus_and_gpus_of_each(machines, cpus, gpus, workers):
+    assert annotate_script.fitting_workers(machines, cpus, gpus) == workers
 
 
 def test_a_parquet_column_of_numbers_is_refused(model, refused, tmp_path):
