@@ -180,6 +180,14 @@ def lean(transformer: torch.nn.Module) -> torch.nn.Module:
     return transformer
 
 
+def check_tokenizer_config(config: dict[str, Any]) -> None:
+    """Raises ValueError where a tokenizer_config.json names files: transformers would read them wherever they are, and
+    a pipeline would carry them along.
+    """
+    if named := sorted({"vocab_file", "tokenizer_file", "merges_file", "spm_file"} & config.keys()):
+        raise ValueError(f"The tokenizer's tokenizer_config.json names a file of its own ({named[0]}); do not use it.")
+
+
 class EncoderShim(HFShim):
     """Holds the transformer and its tokenizer; runs windows of wordpieces through it, many at a time."""
 
@@ -209,7 +217,8 @@ class EncoderShim(HFShim):
     def from_bytes(self, bytes_data: bytes) -> "EncoderShim":
         """Takes what `to_bytes` gave; the weights are 32 bits again. No code that a file brings along is run.
 
-        Raises ValueError for a tokenizer's file whose name leads out of its folder.
+        Raises ValueError for a tokenizer's file whose name leads out of its folder, and for a tokenizer that names
+        files of its own.
         """
         message = srsly.msgpack_loads(bytes_data)
         if not message["config"]:
@@ -217,14 +226,15 @@ class EncoderShim(HFShim):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             srsly.write_json(folder / "config.json", message["config"])
-            settings = message["tokenizer"].pop("kwargs", {})
+            settings = {"use_fast": bool(message["tokenizer"].pop("kwargs", {}).get("use_fast", True))}
             for file, content in message["tokenizer"].items():
                 if file in ("", "..") or Path(file).name != file:
                     raise ValueError(
                         f"The pipeline's tokenizer has a file {file!r}, expected plain names; do not use it."
                     )
                 (folder / file).write_bytes(content)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **settings | {"trust_remote_code": False})
+            check_tokenizer_config(srsly.json_loads(message["tokenizer"].get("tokenizer_config.json", b"{}")))
+            tokenizer = AutoTokenizer.from_pretrained(folder, **settings, trust_remote_code=False)
             vocab_file = getattr(tokenizer, "vocab_file", None)
             vocab_file_contents = Path(vocab_file).read_bytes() if vocab_file else None
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -76,7 +76,8 @@ def needed_ids(
 def trim(model: Encoder, kept: Sequence[int]) -> None:
     """Drops all wordpieces but those with the ids `kept`, ascending, from the tokenizer and from the embeddings.
 
-    Raises UserError for a tokenizer that is no unigram model: another kind would cut a text's other words anew.
+    Raises UserError for a tokenizer that is no unigram model: another kind would cut a text's other words anew; and for
+    one with tokens beside the model's wordpieces.
     """
     objects = model.layers[0].shims[0]._hfmodel
     with tempfile.TemporaryDirectory() as name:
@@ -89,6 +90,12 @@ def trim(model: Encoder, kept: Sequence[int]) -> None:
         if description["model"]["type"] != "Unigram":
             raise UserError(
                 f"The tokenizer is a {description['model']['type']} model, expected Unigram (XLM-R's kind); keep all "
+                "wordpieces with --vars.slim false."
+            )
+        own = {*kept, *(token["id"] for token in description["added_tokens"])}
+        if not own <= set(range(len(description["model"]["vocab"]))) & set(kept):
+            raise UserError(
+                "The tokenizer has tokens that are not among its wordpieces, or that are not special; keep all "
                 "wordpieces with --vars.slim false."
             )
         srsly.write_json(folder / "tokenizer.json", trimmed_description(description, kept))

@@ -95,6 +95,15 @@ def test_a_pipelines_files_cannot_leave_their_folder(stored, name):
         read(stored)
 
 
+def test_a_pipeline_cannot_have_another_file_read_as_its_vocabulary(stored, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    settings = srsly.json_loads(stored["tokenizer"]["tokenizer_config.json"].decode())
+    settings["vocab_file"] = str(tmp_path / "secret")
+    stored["tokenizer"]["tokenizer_config.json"] = srsly.json_dumps(settings).encode()
+    with pytest.raises(ValueError, match="names a file of its own"):
+        read(stored)
+
+
 def test_code_that_a_pipeline_brings_along_is_not_run(stored, tmp_path):
     marker = tmp_path / "marker"
     stored["tokenizer"]["evil.py"] = EVIL.format(path=str(marker)).encode()

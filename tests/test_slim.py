@@ -1,4 +1,5 @@
 import pickle
+import shutil
 
 import numpy
 import pytest
@@ -9,7 +10,7 @@ import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spacy.tokens import Doc, DocBin
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 
 import slim as slim_script
 from errors import UserError
@@ -128,6 +129,16 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
     model = pipeline(tmp_path).get_pipe("transformer").model
     with pytest.raises(UserError, match="WordPiece model, expected Unigram"):
         slim_script.trim(model, [0, 1, 2, 3, 4])
+
+
+def test_a_tokenizer_with_a_token_beside_its_wordpieces_is_refused(tiny_encoder, tmp_path):
+    folder = shutil.copytree(tiny_encoder, tmp_path / "encoder")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["[NOTE]"])
+    tokenizer.save_pretrained(folder)
+    model = pipeline(folder).get_pipe("transformer").model
+    with pytest.raises(UserError, match="not among its wordpieces"):
+        slim_script.trim(model, slim_script.needed_ids(model.tokenizer, KEPT, [], 300))
 
 
 def run(*arguments):
