@@ -3,7 +3,7 @@
 # make known-answers   what the demo's package finds in 200 sentences, beside what was accepted
 # make test-faults   commands killed, full disks, a failing hub: 50 kills, some 20 minutes
 # make test-reproducible   the workflow in two folders: the same wheel contents
-# make fuzz   10 minutes of damaged files and odd texts; MINUTES=1 for less
+# make fuzz   damaged files for 10 minutes (MINUTES), then odd texts by the thousand
 # make lock   requirements*.lock anew, after a change of a requirements file
 # make all    the real thing: PAN-X.it and xlm-roberta-base from the Hub, on GPU 0
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import srsly
+import torch
 import typer
 from spacy import load
 from spacy.training import Corpus
@@ -103,7 +104,7 @@ def prepare(folder: Path, data: Path, encoder: Path, gpu_id: int = -1) -> None:
     overrides = [part for key, value in settings.items() for part in (f"--vars.{key}", value)]
     for command in ("download", "convert", "configure"):
         spacy = [sys.executable, "-m", "spacy", "project", "run", command, ".", *overrides]
-        run(spacy, folder / f"{command}.log", folder, os.cpu_count() or 1)
+        run(spacy, folder / f"{command}.log", folder, torch.get_num_threads())
 
 
 def run_project(
@@ -204,11 +205,12 @@ def main(
     }
     code = {REFERENCE: digest([recipe]), PROJECT: digest([*sources, ROOT / "benchmarks" / "ablations.py"])}
     wanted = [(system, number) for number in seed for system in (REFERENCE, PROJECT)]
+    wanted += [(PROJECT, number) for number in choice_seed if number not in seed]
     wanted += [(choice, number) for number in choice_seed for choice in CHOICES]
     keys = [
         {"system": system, "seed": number, "code": code.get(system, code[PROJECT]), **same} for system, number in wanted
     ]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)
     prepare(work / "project", data, encoder)
 
     def measure(key: dict[str, Any]) -> dict[str, Any]:

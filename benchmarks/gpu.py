@@ -2,8 +2,10 @@
 
     python benchmarks/gpu.py --recipe hf_recipe.py --data FOLDER --encoder assets/encoder-small
 
-Needs requirements-gpu.txt and a CUDA device (--gpu-id -1 runs it all on the CPU, in an hour or more). The recipe is the
-script that benchmarks/accuracy.py compares with, the folder that of PAN-X.it, the encoder the small pretrained one.
+Needs a CUDA device (--gpu-id -1 runs it all on the CPU, in an hour or more), requirements-gpu.txt and
+requirements-dev.txt. The recipe is the script that benchmarks/accuracy.py compares with, the folder that of PAN-X.it,
+the encoder the small pretrained one in assets/encoder-small (`spacy project run build-encoder`), whose wordpieces the
+model of the other shape has too.
 
 1. Words/s of the pipeline in float32 and bfloat16, of `transformers.pipeline` and of stock spacy-transformers, with a
    randomly initialised encoder of xlm-roberta-base's shape: speed does not depend on the weights.

@@ -9,8 +9,8 @@ the pipeline's own in all of them. `transformers.pipeline` has the pipeline's li
 CRF adds, and takes each word's first wordpiece. The `ner` has random weights, which cost what trained ones do: its F1
 means nothing and is left out.
 
-With --recipe, the script that benchmarks/accuracy.py compares with, training is measured too. --plot draws how the cost
-grows with the length of a text and with the size of a batch.
+With --recipe, the script that benchmarks/accuracy.py compares with, --data and --encoder training is measured too.
+--plot draws how the cost grows with the length of a text and with the size of a batch.
 """
 
 import json
@@ -375,6 +375,8 @@ def main(
     """Compare the pipeline's speed, memory and F1 with those of other systems."""
     if work_as:
         return work(work_as, model, folder, gpu_id)
+    if len({recipe is None, data is None, encoder is None}) > 1:
+        raise typer.BadParameter("--recipe, --data and --encoder go together.")
     texts, gold = read_test(test)
     with tempfile.TemporaryDirectory() as name:
         save_hugging_face(spacy.load(model), Path(name))
@@ -383,7 +385,7 @@ def main(
         compare(names, model, Path(name), texts, gold, count, rounds, threads)
         if plot_file:
             plot([EXACT, "this pipeline, int8", batched], model, Path(name), texts[:count], threads, plot_file)
-    if recipe and data and encoder:
+    if recipe:
         compare_training(recipe, data, encoder, 3, threads)
 
 

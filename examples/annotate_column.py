@@ -54,7 +54,7 @@ def annotate(source: Path, target: Path, column: str = "text", model: str = "it_
     nlp, partial = spacy.load(model), target.with_name(f".{target.name}.partial")
     try:
         with partial.open("w", encoding="utf8", newline="") as file, tqdm(total=count, disable=None) as progress:
-            table = csv.DictWriter(file, [*fields, "entities"], delimiter=separator, lineterminator="\n")
+            table = csv.DictWriter(file, [*fields, "entities"], delimiter=separator)
             if target.suffix == ".csv":
                 table.writeheader()
             for batch in minibatch(rows(source, column, separator), 256):

@@ -15,8 +15,8 @@ LENGTH = 5_000  # characters of the longest text
 
 try:
     nlp = spacy.load(os.environ.get("MODEL", "it_panx_xlmr"))
-except OSError as error:
-    raise SystemExit(f"{error} Install its wheel, or set MODEL to a pipeline's name or folder.") from None
+except (OSError, ValueError) as error:  # a folder has not the code of its pipeline
+    raise SystemExit(f"{error} Install its wheel, or set MODEL to another such package's name.") from None
 
 
 def entities(text: str) -> dict:

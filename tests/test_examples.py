@@ -86,7 +86,7 @@ def test_jsonl_rows_keep_what_they_had_and_get_their_entities(model, tmp_path):
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_csv_rows_keep_their_separator_and_their_line_breaks(model, tmp_path, separator):
-    texts = [*TEXTS, f'Torino{separator} "detta"\nBari']
+    texts = [*TEXTS, f'Torino{separator} "detta"\nBari', "Bari\rRoma"]
     with (tmp_path / "in.csv").open("w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file, delimiter=separator).writerows([("n", "testo"), *enumerate(texts)])
     annotate(tmp_path / "in.csv", tmp_path / "out.csv", model, "testo")

@@ -190,7 +190,7 @@ REPEATED = ["x", "'", "\u0301", "\0", "\ud800", "\n", "\u2028"]
 
 
 @pytest.mark.parametrize("part", REPEATED)
-def test_100000_characters_pass_and_cost_twice_what_50000_cost(nlp, part):
+def test_100000_characters_pass_in_twice_the_windows_of_50000(nlp, part):
     text = part * (100_000 // len(part))
     windows = []
     tokenizer = nlp.get_pipe("transformer").model.tokenizer
