@@ -115,8 +115,9 @@ def main(
             for kind, some in collections.items():
                 found = [[(e.start_char, e.end_char, e.label_) for e in doc.ents] for doc in nlp.pipe(some)]
                 if kind not in entities:  # of the pipeline as it was trained, which is the first
-                    tokenizer = nlp.get_pipe("transformer").model.tokenizer
-                    entities[kind], whole[kind] = found, [set(tokenizer.tokenize(text)) <= pieces for text in some]
+                    tokenizer = nlp.get_pipe("transformer").model.tokenizer.backend_tokenizer
+                    cut = tokenizer.encode_batch(some, add_special_tokens=False)
+                    entities[kind], whole[kind] = found, [set(encoding.tokens) <= pieces for encoding in cut]
                 else:
                     changes.append((kind, variant, *count_changes(entities[kind], found, whole[kind])))
     msg.table(rows, header=("pipeline", "zipped", "load", "peak memory", "F1, gold tokens"), divider=True)
