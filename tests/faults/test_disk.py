@@ -3,6 +3,7 @@
 import errno
 import random
 import resource
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -106,8 +107,8 @@ SCRIPTS = [download, convert, configure, slim, calibrate, evaluate, report, prep
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_a_script_on_a_full_or_read_only_disk(project, tiny_encoder, disk, refused, monkeypatch, script):
-    monkeypatch.chdir(project)
+def test_a_script_on_a_full_or_read_only_disk(project, tiny_encoder, disk, refused, monkeypatch, tmp_path, script):
+    monkeypatch.chdir(shutil.copytree(project, tmp_path / "project"))  # prepare_package removes the package there
     target = disk.folder / "products"
     target.mkdir()
     words, made = arguments(script.__name__, target, tiny_encoder)
