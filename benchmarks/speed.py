@@ -233,9 +233,10 @@ def compare(
     timed = texts[:count]
     words = sum(len(text.split()) for text in timed)
     singles = timed[:200]
-    systems = {name: System(name, model, folder, threads, gpu_id) for name in names}
-    for system in systems.values():
-        system.ask(timed[:64])
+    systems = {}
+    for name in names:  # one after the other: loading takes the most memory
+        systems[name] = System(name, model, folder, threads, gpu_id)
+        systems[name].ask(timed[:64])
     speeds: dict[str, list[float]] = {name: [] for name in names}
     latencies: dict[str, list[list[float]]] = {name: [] for name in names}
     for _ in range(rounds):
