@@ -81,6 +81,8 @@ def save_hugging_face(nlp: Language, folder: Path) -> None:
         parameter.data.copy_(encoder_module.xp2torch(output.get_param(name)))
     model.save_pretrained(folder)
     objects.tokenizer.save_pretrained(folder)
+    if objects.vocab_file_contents is not None:  # spacy-transformers wants it too; where it was read from is gone
+        (folder / objects.tokenizer.vocab_files_names["vocab_file"]).write_bytes(objects.vocab_file_contents)
 
 
 def hugging_face(folder: Path, batch_size: int, gpu_id: int) -> Annotate:
