@@ -265,7 +265,8 @@ spacy.cli.app(["validate"])
 
 
 def test_spacy_validate_finds_it_compatible(python, offline, tmp_path):
-    done = subprocess.run([python, "-c", VALIDATE], cwd=tmp_path, env=offline, capture_output=True, text=True)
+    plain = offline | {"ANSI_COLORS_DISABLED": "1"}
+    done = subprocess.run([python, "-c", VALIDATE], cwd=tmp_path, env=plain, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = [line.split() for line in done.stdout.splitlines() if "panx" in line]
     assert row[1:] == [">=3.8.0,<3.9.0", "1.0.0", "✔"]
