@@ -436,12 +436,11 @@ def _tokenizer_problems(names: set[str], configs: Mapping[str, dict]) -> list[st
         return [
             "no tokenizer; expected tokenizer.json, a SentencePiece .model, vocab.txt, or vocab.json and merges.txt."
         ]
-    named = sorted(
-        {"vocab_file", "tokenizer_file", "merges_file", "spm_file"} & configs.get("tokenizer_config.json", {}).keys()
-    )
-    if named:
+    config = configs.get("tokenizer_config.json", {})
+    # as scripts/encoder.py, which takes seconds to import, refuses it when a pipeline is loaded
+    if named := [name for name in ("vocab_file", "tokenizer_file", "merges_file", "spm_file") if config.get(name)]:
         return [f"tokenizer_config.json names a file of its own ({named[0]}), which could be any; take the entry out."]
-    declared = configs.get("tokenizer_config.json", {}).get("tokenizer_class")
+    declared = config.get("tokenizer_class")
     declared = declared or configs.get("config.json", {}).get("tokenizer_class")
     if declared == "PreTrainedTokenizerFast":
         return [] if "tokenizer.json" in names else ["no tokenizer.json, which PreTrainedTokenizerFast needs; add it."]

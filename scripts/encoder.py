@@ -184,7 +184,7 @@ def check_tokenizer_config(config: dict[str, Any]) -> None:
     """Raises ValueError where a tokenizer_config.json names files: transformers would read them wherever they are, and
     a pipeline would carry them along.
     """
-    if named := sorted({"vocab_file", "tokenizer_file", "merges_file", "spm_file"} & config.keys()):
+    if named := [name for name in ("vocab_file", "tokenizer_file", "merges_file", "spm_file") if config.get(name)]:
         raise ValueError(f"The tokenizer's tokenizer_config.json names a file of its own ({named[0]}); do not use it.")
 
 

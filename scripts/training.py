@@ -216,11 +216,12 @@ def split_quotes() -> Callable[[Language, Example], Iterator[Example]]:
         tags: list[str] = []
         for token in example.reference:
             tag = f"{token.ent_iob_}-{token.ent_type_}" if token.ent_type_ else "O"
-            if glued := re.match(r"'{2,}(?=[^'])", token.text):
-                words.append(glued.group())
+            quotes = re.match(r"('{2,}(?=[^']))?", token.text).group()
+            if quotes:
+                words.append(quotes)
                 spaces.append(False)
                 tags.append(tag if tag[0] == "I" else "O")
-            words.append(token.text[len(words[-1]) if glued else 0 :])
+            words.append(token.text.removeprefix(quotes))
             spaces.append(bool(token.whitespace_))
             tags.append(tag)
         gold = Doc(nlp.vocab, words=words, spaces=spaces, ents=tags)
