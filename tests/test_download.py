@@ -369,6 +369,7 @@ XLM_R = {"tokenizer_class": "XLMRobertaTokenizer"}
             "no model.safetensors",
         ),
         ({}, lambda folder: os.truncate(folder / "model.safetensors", 80), "not a whole safetensors file"),
+        ({"tokenizer": {"vocab_file": "/etc/passwd"}}, lambda folder: None, "names a file of its own (vocab_file)"),
         ({"tokenizer": XLM_R}, lambda folder: None, "no sentencepiece.bpe.model, which spacy-transformers opens"),
         (
             {"tokenizer": {"tokenizer_class": None}, "config": {"model_type": "xlm-roberta"}},
