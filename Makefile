@@ -46,7 +46,7 @@ venv-gpu: venv
 	$(INSTALL) -r requirements-cuda.lock -r requirements-gpu.lock
 
 lock: venv-dev
-	$(BIN)/python scripts/lock.py
+	$(BIN)/python -m scripts.lock
 
 all: venv
 	$(BIN)/python -m spacy project run all
@@ -69,7 +69,7 @@ test-faults: venv-dev
 
 known-answers:
 	@test -x $(DEMO_VENV)/bin/python || { echo "$(DEMO_VENV) is not there; run make demo first."; exit 1; }
-	$(DEMO_VENV)/bin/python tests/known_answers/compare.py it_panx_xlmr $(if $(ACCEPT),--accept)
+	$(DEMO_VENV)/bin/python -m tests.known_answers.compare it_panx_xlmr $(if $(ACCEPT),--accept)
 
 fuzz: venv-dev
 	$(BIN)/python tests/fuzz/test_readers.py --minutes $(or $(MINUTES),10)

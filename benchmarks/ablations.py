@@ -1,8 +1,6 @@
 """What the project would be without one of its choices: registered functions for `spacy train --code`."""
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import numpy
 from spacy import registry
@@ -11,9 +9,7 @@ from spacy.training import Example
 from thinc.api import Model
 from thinc.types import Floats2d
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-import token_ner  # noqa: E402
-import training  # noqa: E402, F401
+from scripts.pipeline import token_ner
 
 
 @Language.factory("softmax_ner", default_config={"scorer": {"@scorers": "spacy.ner_scorer.v1"}})

@@ -31,14 +31,20 @@ from spacy import load
 from spacy.training import Corpus
 from wasabi import msg
 
-import ablations  # noqa: F401  makes scripts/ importable and registers what a run without a choice is made of
-from evaluate import score_raw_text
+from benchmarks import ablations  # noqa: F401  makes scripts/ importable and registers what a run without a choice is made of
+from scripts.evaluate import score_raw_text
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE, PROJECT = "reference", "this project"
 SIZES = {"train": 1680, "validation": 840, "test": 840}
 # the scripts that a run's figures depend on
-DECISIVE = ("panx", "spacing", "convert", "configure", "encoder", "linear_tokenizer", "token_ner", "training")
+DECISIVE = (
+    "panx",
+    "convert",
+    "configure",
+    "train",
+    *(f"pipeline/{name}" for name in ("encoder", "tokenizer", "token_ner")),
+)
 VARS = ("learning_rate", "head_learning_rate_scale", "batch_size", "epochs")
 # what a run without the choice is given in its place, as `spacy train` takes it
 CHOICES = {

@@ -28,10 +28,10 @@ import torch
 import typer
 from spacy.tokens import DocBin
 
+from scripts.annotate.units import FORMATS, cut, read
+from scripts.annotate.worker import SCHEMA, annotate_unit
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-from annotate_unit import SCHEMA, annotate_unit  # noqa: E402
-from units import FORMATS, cut, read  # noqa: E402
 
 ROWS_ALONE = 200_000  # rows of the files on which reading and writing are timed alone
 
@@ -83,7 +83,7 @@ class Run:
     """The command, started; `rate` is the rows/s that it says itself, `seconds` those from its start to its end."""
 
     def __init__(self, model: str, source: Path, output: Path, workers: int, unit_rows: int) -> None:
-        command = [sys.executable, ROOT / "scripts" / "annotate.py", model, source, output]
+        command = [sys.executable, "-m", "scripts.annotate", model, source, output]
         command += ["--workers", workers, "--unit-rows", unit_rows]
         self.output, self.start = output, time.perf_counter()
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -22,9 +22,8 @@ import srsly
 import torch
 import typer
 
-import accuracy
-import speed
-from xlmr_base_shape import build_encoder
+from benchmarks import accuracy, speed
+from benchmarks.xlmr_base_shape import build_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,7 +46,7 @@ def main(
         accuracy.SIZES |= {"train": 24, "validation": 24, "test": count}
         accuracy.prepare(folder / "project", data, folder / "base", gpu_id)
         command = [sys.executable, "-m", "spacy", "train", "training/config.cfg", "--output", folder / "trained"]
-        command += ["--code", "scripts/training.py", "--training.max_steps", 1, "--training.eval_frequency", 1]
+        command += ["--code", "scripts/train.py", "--training.max_steps", 1, "--training.eval_frequency", 1]
         accuracy.run([*command, "--gpu-id", gpu_id], folder / "train.log", folder / "project", threads)
         model, weights = folder / "trained" / "model-last", folder / "weights"
         speed.save_hugging_face(speed.spacy.load(model), weights)

@@ -23,14 +23,14 @@ import typer
 from spacy.tokens import DocBin
 from wasabi import msg
 
+from scripts import slim as slim_script
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import slim as slim_script  # noqa: E402
 
 LOAD = """
 import json, sys, time
 sys.path.insert(0, sys.argv[2])
-import encoder, linear_tokenizer, token_ner, spacy
+import spacy, scripts.pipeline
 start = time.perf_counter()
 nlp = spacy.load(sys.argv[1])
 loaded = time.perf_counter() - start
@@ -101,11 +101,11 @@ def main(
         for variant, path in variants.items():
             loads = []
             for _ in range(runs):
-                command = [sys.executable, "-c", LOAD, path, ROOT / "scripts"]
+                command = [sys.executable, "-c", LOAD, path, ROOT]
                 loads.append(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
             seconds, memory = (statistics.median(load[i] for load in loads) for i in (0, 1))
             spacy_evaluate = [sys.executable, "-m", "spacy", "evaluate", path, test, "--gold-preproc"]
-            code, output = ROOT / "scripts" / "training.py", folder / "gold.json"
+            code, output = ROOT / "scripts" / "train.py", folder / "gold.json"
             subprocess.run([*spacy_evaluate, "--code", code, "--output", output], capture_output=True, check=True)
             gold = srsly.read_json(output)["ents_f"]
             nlp = spacy.load(path)

@@ -34,11 +34,9 @@ from spacy.language import Language
 from spacy.tokens import DocBin
 from wasabi import msg
 
+from scripts.pipeline import encoder as encoder_module
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import encoder as encoder_module  # noqa: E402
-import linear_tokenizer  # noqa: E402, F401
-import token_ner  # noqa: E402, F401
 
 OURS = {f"this pipeline, {precision}": precision for precision in ("float32", "bfloat16", "int8")}
 EXACT = "this pipeline, float32"
@@ -333,7 +331,7 @@ def compare_training(
 
     The recipe takes a GPU by itself if it sees one.
     """
-    import accuracy
+    from benchmarks import accuracy
 
     sizes = {"train": sentences, "validation": 24, "test": 24}
     accuracy.SIZES |= sizes
@@ -349,7 +347,7 @@ def compare_training(
                 plain = [sys.executable, recipe.resolve(), encoder.resolve(), "--epochs", epochs, "--test", 0]
                 plain += ["--train", sizes["train"], "--validation", sizes["validation"]]
                 ours = [sys.executable, "-m", "spacy", "train", "training/config.cfg", "--output", folder / "trained"]
-                ours += ["--code", "scripts/training.py", "--training.max_steps", epochs * steps]
+                ours += ["--code", "scripts/train.py", "--training.max_steps", epochs * steps]
                 ours += ["--training.eval_frequency", steps, "--gpu-id", gpu_id]
                 for system, command, cwd in (("the recipe", plain, folder), ("this project", ours, folder / "project")):
                     measured[system, epochs], peak = timed_command(command, cwd, threads)

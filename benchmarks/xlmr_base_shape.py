@@ -38,7 +38,7 @@ def build_encoder(folder: Path) -> None:
     """A random XLM-R of the base model's shape in `folder`, with its real wordpieces as a SentencePiece file."""
     from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizerFast
 
-    from sentencepiece_file import write_sentencepiece
+    from benchmarks.sentencepiece_file import write_sentencepiece
 
     vocab = srsly.read_json(ROOT / "assets" / "encoder-small" / "tokenizer.json")["model"]["vocab"]
     pieces, scores = zip(*vocab, strict=True)

@@ -6,8 +6,8 @@ import warnings
 warnings.filterwarnings("ignore", module="gradio")  # it names a constant of Starlette's as it was called before
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}  # before gradio is imported
 
-import gradio as gr  # noqa: E402
-import spacy  # noqa: E402
+import gradio as gr
+import spacy
 
 EXAMPLE = "Rita Levi-Montalcini nacque a Torino; la Ferrari ha sede a Maranello."
 COLOURS = {"PER": "#f4a261", "ORG": "#4c9be8", "LOC": "#57b894"}

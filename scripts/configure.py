@@ -9,9 +9,8 @@ from spacy.util import load_config, load_model_from_config
 from thinc.api import Config
 from wasabi import msg
 
-import training  # noqa: F401  registers what the config names
-from atomic import replacing
-from errors import UserError, one_sentence
+import scripts.train  # noqa: F401  registers what the config names
+from scripts.common import UserError, one_sentence, replacing
 
 
 def configure(
@@ -93,7 +92,7 @@ def main(
         with replacing(output) as path:
             config.to_disk(path)
         steps = config["training"]["max_steps"]
-        by_hand = f"spacy train {output} --code scripts/training.py --output training --gpu-id {gpu_id}"
+        by_hand = f"spacy train {output} --code scripts/train.py --output training --gpu-id {gpu_id}"
         msg.good(f"{output}: {steps} steps; `{by_hand}` runs it by hand")
 
 

@@ -15,10 +15,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from wasabi import msg
 
-from atomic import replacing
-from errors import UserError, one_sentence
-from panx import SPLITS, Sentence, read_tsv, split_path, subset
-from spacing import guess_spaces
+from scripts.common import UserError, one_sentence, replacing
+from scripts.panx import SPLITS, Sentence, guess_spaces, read_tsv, split_path, subset
 
 FILE_NAMES = {"train": "train.spacy", "validation": "dev.spacy", "test": "test.spacy"}
 

@@ -20,9 +20,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from wasabi import msg
 
-from atomic import replacing
-from errors import UserError, one_sentence
-from panx import SPLITS, TAGS, Sentence, check_tags, read_tsv, split_path, to_tsv
+from scripts.common import UserError, one_sentence, replacing
+from scripts.panx import SPLITS, TAGS, Sentence, check_tags, read_tsv, split_path, to_tsv
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
@@ -437,7 +436,7 @@ def _tokenizer_problems(names: set[str], configs: Mapping[str, dict]) -> list[st
             "no tokenizer; expected tokenizer.json, a SentencePiece .model, vocab.txt, or vocab.json and merges.txt."
         ]
     config = configs.get("tokenizer_config.json", {})
-    # as scripts/encoder.py, which takes seconds to import, refuses it when a pipeline is loaded
+    # as scripts/pipeline/encoder.py, which takes seconds to import, refuses it when a pipeline is loaded
     if named := [name for name in ("vocab_file", "tokenizer_file", "merges_file", "spm_file") if config.get(name)]:
         return [f"tokenizer_config.json names a file of its own ({named[0]}), which could be any; take the entry out."]
     declared = config.get("tokenizer_class")

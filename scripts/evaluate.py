@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy
-import spacy
 import srsly
 import typer
 from seqeval.metrics.v1 import precision_recall_fscore_support
@@ -17,8 +16,8 @@ from spacy.tokens import Doc
 from spacy.training import Corpus
 from wasabi import msg
 
-from atomic import replacing
-from errors import one_sentence
+from scripts.common import one_sentence, replacing
+from scripts.pipeline import load_pipeline
 
 
 def score_raw_text(nlp: Language, gold: Sequence[Doc]) -> dict[str, Any]:
@@ -103,14 +102,7 @@ def main(
 ) -> None:
     """Score a pipeline from raw text, by characters, and by seqeval on the gold tokens."""
     with one_sentence():
-        if gpu_id >= 0:
-            spacy.require_gpu(gpu_id)
-        if Path(model).exists():
-            # what the pipeline is made of; an installed package brings its own
-            import encoder  # noqa: F401
-            import linear_tokenizer  # noqa: F401
-            import token_ner  # noqa: F401
-        nlp = spacy.load(model)
+        nlp = load_pipeline(model, gpu_id)
         examples = list(Corpus(corpus, gold_preproc=True)(nlp))
         gold = [example.reference for example in examples]
         predicted = list(nlp.pipe(example.predicted for example in examples))

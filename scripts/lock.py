@@ -11,7 +11,7 @@ from pathlib import Path
 
 from wasabi import msg
 
-from atomic import replacing
+from scripts.common import replacing
 
 # PyTorch's builds for the CPU, which are not on PyPI: wheels' SHA-256 as `pip hash` gave it (Python 3.11, Linux)
 CPU_BUILDS = {"2.13.0": ["6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"]}

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 from wasabi import msg
 
-from errors import UserError, one_sentence
+from scripts.common import UserError, one_sentence
 
 
 def front_matter(meta: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import jinja2
 import matplotlib.pyplot
-import spacy
 import srsly
 import typer
 from markupsafe import Markup
@@ -20,13 +19,10 @@ from spacy.tokens import Doc, Span
 from spacy.training import Corpus
 from wasabi import msg
 
-import encoder  # noqa: F401  registers what a trained pipeline is made of, as do the next two
-import linear_tokenizer  # noqa: F401
-import token_ner  # noqa: F401
-from atomic import replacing
-from errors import UserError, one_sentence
-from evaluate import calibration_bins, expected_calibration_error
-from training import plot_training
+from scripts.common import UserError, one_sentence, replacing
+from scripts.evaluate import calibration_bins, expected_calibration_error
+from scripts.pipeline import load_pipeline
+from scripts.train import plot_training
 
 matplotlib.use("agg")
 
@@ -249,13 +245,11 @@ def main(
 ) -> None:
     """Write an HTML report of a pipeline's errors on the test sentences."""
     with one_sentence():
-        if gpu_id >= 0:
-            spacy.require_gpu(gpu_id)
         for path in (training, corpus):
             if not path.is_file():
                 raise UserError(f"{path}: not there; run `spacy project run all`, which makes it.")
         rows = list(srsly.read_jsonl(training))
-        nlp = spacy.load(model)
+        nlp = load_pipeline(model, gpu_id)
         examples = list(Corpus(corpus, gold_preproc=True)(nlp))
         gold = [example.reference for example in examples]
         if not any(doc.ents for doc in gold):

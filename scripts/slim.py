@@ -26,13 +26,11 @@ from spacy.tokens import DocBin
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from wasabi import msg
 
-import linear_tokenizer  # noqa: F401  registers what a trained pipeline is made of, as does the next
-import token_ner  # noqa: F401
-from atomic import link_or_copy, replacing
-from convert import make_doc, repair
-from encoder import Encoder, row_scales
-from errors import UserError, one_sentence
-from panx import read_tsv, split_path
+from scripts.common import UserError, link_or_copy, one_sentence, replacing
+from scripts.convert import make_doc, repair
+from scripts.panx import read_tsv, split_path
+from scripts.pipeline import load_pipeline
+from scripts.pipeline.encoder import Encoder, row_scales
 
 WORDS = 150_000  # of wordfreq's list: further ones bring hardly any wordpiece
 SHARE = 0.05  # of a text's letters: a script with fewer of them is not its language's
@@ -231,7 +229,7 @@ def main(
             shutil.copytree(model, folder, copy_function=link_or_copy)
             msg.good(f"{output}: the trained pipeline as it is")
             return
-        nlp = spacy.load(model)
+        nlp = load_pipeline(model)
         before, after = slim(nlp, training_texts(data, corpus, lang), lang, pieces, bits)
         nlp.to_disk(folder)
         sizes = [(path / "transformer" / "model").stat().st_size / 1e6 for path in (model, folder)]

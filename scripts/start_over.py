@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from wasabi import msg
 
-from errors import one_sentence
+from scripts.common import one_sentence
 
 
 def main(folder: Annotated[Path, typer.Argument(help="What `spacy train` writes into", show_default=False)]) -> None:

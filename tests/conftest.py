@@ -15,7 +15,8 @@ from spacy.cli import project_run
 from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizerFast
 from typer.testing import CliRunner
 
-from panx import Sentence, read_tsv, to_tsv
+import scripts.pipeline  # noqa: F401  registers what a trained pipeline is loaded with
+from scripts.panx import Sentence, read_tsv, to_tsv
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "corpus" / "sample"

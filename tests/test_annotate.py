@@ -19,11 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spacy.language import Language
 
-import annotate as annotate_script
-import encoder  # noqa: F401  the tiny pipeline's parts, as the next
-import token_ner  # noqa: F401
-from annotate_unit import annotate_unit
-from units import cut, read
+from scripts.annotate import __main__ as annotate_script
+from scripts.annotate.units import cut, read
+from scripts.annotate.worker import annotate_unit
 
 SCRIPT = Path(annotate_script.__file__)
 slow = pytest.mark.skipif("FAULTS" not in os.environ, reason="make test-faults runs it: minutes")

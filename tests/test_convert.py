@@ -4,9 +4,9 @@ import srsly
 from spacy.tokens import DocBin
 from spacy.training import biluo_to_iob
 
-import convert as convert_script
-from convert import convert, make_doc, repair
-from panx import SPLITS, Sentence, read_tsv, to_tsv
+from scripts import convert as convert_script
+from scripts.convert import convert, make_doc, repair
+from scripts.panx import SPLITS, Sentence, read_tsv, to_tsv
 
 FILES = {"train": "train.spacy", "validation": "dev.spacy", "test": "test.spacy"}
 ALL = dict.fromkeys(SPLITS, 0)
@@ -168,7 +168,7 @@ def test_a_missing_split_gets_one_sentence(refused, data, tmp_path, tiny_encoder
 
 
 def test_a_full_disk_gets_one_sentence_and_leaves_no_half_file(data, tmp_path, tiny_encoder, monkeypatch, capsys):
-    from errors import one_sentence
+    from scripts.common import one_sentence
 
     def full(self, data):
         raise OSError(28, "No space left on device", str(self))

@@ -17,11 +17,10 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-import download as module
-from atomic import replacing
-from download import copy_encoder, download, encoder_problems, recorded
-from errors import UserError
-from panx import SPLITS, TAGS, Sentence, digest, read_tsv, to_tsv
+from scripts import download as module
+from scripts.common import UserError, replacing
+from scripts.download import copy_encoder, download, encoder_problems, recorded
+from scripts.panx import SPLITS, TAGS, Sentence, digest, read_tsv, to_tsv
 
 ROOT = Path(__file__).parents[1]
 SLOW = pytest.mark.skipif("FAULTS" not in os.environ, reason="make test-faults runs it")
@@ -661,7 +660,7 @@ def script(tmp_path):
             "checksums": checksums,
         }
         arguments |= dict(zip(options[::2], options[1::2], strict=True))
-        command = [sys.executable, ROOT / "scripts" / "download.py", "false"]
+        command = [sys.executable, "-m", "scripts.download", "false"]
         for name, value in arguments.items():
             command += [f"--{name}", value]
         environment = {

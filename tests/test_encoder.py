@@ -10,8 +10,7 @@ from spacy.training import Example
 from thinc.api import Adam, ConfigValidationError, Optimizer
 from transformers import AutoModel, AutoTokenizer
 
-import encoder
-import token_ner  # noqa: F401
+from scripts.pipeline import encoder
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from spacy.scorer import get_ner_prf
 from spacy.tokens import Doc
 from spacy.training import Example
 
-from evaluate import score_raw_text, score_seqeval
+from scripts.evaluate import score_raw_text, score_seqeval
 
 VOCAB = spacy.blank("it").vocab
 LABELS = ("PER", "ORG", "LOC")

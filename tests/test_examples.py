@@ -18,9 +18,6 @@ import spacy
 import srsly
 
 import annotate_column
-import encoder  # noqa: F401  registers what the trained pipeline is loaded with, as do the next two
-import linear_tokenizer  # noqa: F401
-import token_ner  # noqa: F401
 from conftest import ROOT
 
 EXAMPLES = ROOT / "examples"

@@ -22,14 +22,13 @@ from hypothesis import strategies as st
 from spacy.tokens import Doc
 from spacy.training import Example
 
-import encoder
-import token_ner  # noqa: F401
-from annotate_unit import annotate_unit, bad_path, part_path
-from convert import convert_split, repair
-from errors import UserError
-from linear_tokenizer import SURROGATE
-from panx import TAGS, Sentence, digest, read_tsv, to_tsv
-from units import FORMATS, cut
+from scripts.annotate.units import FORMATS, cut
+from scripts.annotate.worker import annotate_unit, bad_path, part_path
+from scripts.common import UserError
+from scripts.convert import convert_split, repair
+from scripts.panx import TAGS, Sentence, digest, read_tsv, to_tsv
+from scripts.pipeline import encoder
+from scripts.pipeline.tokenizer import SURROGATE
 
 SPACES = "".join(chr(i) for i in range(sys.maxunicode + 1) if chr(i).isspace())
 # of each kind that some program somewhere trips over

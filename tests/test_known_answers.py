@@ -8,8 +8,8 @@ import typer
 from typer.testing import CliRunner
 
 from conftest import ROOT
-from convert import make_doc
-from panx import read_tsv
+from scripts.convert import make_doc
+from scripts.panx import read_tsv
 
 FOLDER = ROOT / "tests" / "known_answers"
 spec = importlib.util.spec_from_file_location("compare_known_answers", FOLDER / "compare.py")

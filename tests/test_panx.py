@@ -1,8 +1,8 @@
 import datasets
 import pytest
 
-from errors import UserError
-from panx import SPLITS, Sentence, digest, read_tsv, subset, to_tsv
+from scripts.common import UserError
+from scripts.panx import SPLITS, Sentence, digest, read_tsv, subset, to_tsv
 
 
 def write(path, text):

@@ -10,7 +10,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-import push as push_script
+from scripts import push as push_script
 
 META = {
     "lang": "it",

@@ -4,8 +4,7 @@ import pytest
 import spacy
 from spacy.tokens import Doc
 
-import report
-import token_ner  # noqa: F401  registers span._.score
+from scripts import report
 
 WORDS = ["Anna", "Neri", "lavora", "alla", "Banca", "Rossi", "di", "Bari", "oggi"]
 VOCAB = spacy.blank("it").vocab

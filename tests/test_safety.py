@@ -14,14 +14,11 @@ from spacy.cli import project_run
 from spacy_transformers.data_classes import HFObjects
 from transformers import AutoModel, AutoTokenizer
 
-import build_encoder
-import clean
-import encoder
-import linear_tokenizer  # noqa: F401
-import prepare_package
-import token_ner  # noqa: F401
 from conftest import ROOT
-from errors import UserError
+from scripts import build_encoder, clean
+from scripts import package as prepare_package
+from scripts.common import UserError
+from scripts.pipeline import encoder
 
 WATCHED = {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect"}
 seen: list[str] | None = None

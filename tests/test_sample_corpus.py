@@ -4,8 +4,8 @@ import spacy
 import srsly
 
 from conftest import ROOT
-from convert import make_doc
-from panx import ENTITY_LABELS, digest, read_tsv
+from scripts.convert import make_doc
+from scripts.panx import ENTITY_LABELS, digest, read_tsv
 
 
 def names(sentences):

@@ -7,8 +7,8 @@ import pytest
 import sentencepiece
 from transformers import XLMRobertaTokenizer, XLMRobertaTokenizerFast
 
-import build_encoder
-from sentencepiece_file import write_sentencepiece
+from benchmarks.sentencepiece_file import write_sentencepiece
+from scripts import build_encoder
 
 LETTERS = list("▁abcdefghilmnopqrstuvz,.'èé12⁄")
 WORDS = ["▁il", "▁pa", "zi", "ente", "▁ha", "▁la", "▁febbre", "▁dolore", "to", "re", "▁d", "▁perch", "▁1", "fi"]

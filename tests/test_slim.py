@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from spacy.tokens import Doc, DocBin
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 
-import slim as slim_script
-from errors import UserError
+from scripts import slim as slim_script
+from scripts.common import UserError
 from test_encoder import pipeline, vectors
 
 KEPT = ["Anna vive a Bari.", "La Banca d'Italia"]

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spacing import guess_spaces
+from scripts.panx import guess_spaces
 
 
 def text(words):

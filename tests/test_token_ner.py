@@ -14,7 +14,7 @@ from spacy.tokens import Doc, Span
 from spacy.training import Example
 from thinc.api import Model
 
-from token_ner import (
+from scripts.pipeline.token_ner import (
     MASKED,
     TagScores,
     TokenNer,

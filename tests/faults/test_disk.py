@@ -12,17 +12,11 @@ import typer
 from typer.testing import CliRunner
 from weasel.cli.run import load_project_config
 
-import calibrate
-import configure
-import convert
-import download
-import evaluate
-import prepare_package
-import report
-import slim
-from atomic import replacing
 from conftest import TRAINED
 from killing import SEED, SLOW, contents, digest, options, run, unused_copy, workflow
+from scripts import calibrate, configure, convert, download, evaluate, report, slim
+from scripts import package as prepare_package
+from scripts.common import replacing
 
 FULL, READ_ONLY = "No space left on device", "Read-only file system"
 SIZE = 32 << 20

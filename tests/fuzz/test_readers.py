@@ -6,7 +6,6 @@
 import contextlib
 import io
 import shutil
-import sys
 import tempfile
 import time
 import zipfile
@@ -22,14 +21,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from spacy.tokens import DocBin
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parents[2] / "scripts")]
-import build_encoder  # noqa: E402
-import download  # noqa: E402
-from configure import count_docs  # noqa: E402
-from convert import convert_split, spacy  # noqa: E402
-from errors import UserError  # noqa: E402
-from panx import read_tsv  # noqa: E402
-from test_build_encoder import TINY  # noqa: E402
+from scripts import build_encoder, download
+from scripts.common import UserError
+from scripts.configure import count_docs
+from scripts.convert import convert_split, spacy
+from scripts.panx import read_tsv
+from test_build_encoder import TINY
 
 Reader = Callable[[Path, bytes], None]
 VOCAB = spacy.blank("it").vocab

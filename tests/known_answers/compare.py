@@ -3,7 +3,6 @@
 `make known-answers` after `make demo`; `make known-answers ACCEPT=1` stores what the package finds now.
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,11 +11,9 @@ import srsly
 import typer
 from wasabi import msg
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent.parent / "scripts"))
-from atomic import replacing  # noqa: E402
-from errors import UserError, one_sentence  # noqa: E402
+from scripts.common import UserError, one_sentence, replacing
 
+FOLDER = Path(__file__).resolve().parent
 ACCEPT = "`make known-answers ACCEPT=1`"
 
 

@@ -16,9 +16,6 @@ import spacy
 import srsly
 from spacy.tokens import DocBin
 
-import encoder  # noqa: F401  registers what the trained pipeline is loaded with, as do the next two
-import linear_tokenizer  # noqa: F401
-import token_ner  # noqa: F401
 from conftest import ROOT
 
 # runs one piece of code a line and answers with what it leaves in `result`, or with its traceback

@@ -4,10 +4,10 @@ import srsly
 from spacy.schemas import ModelMetaSchema, validate
 from spacy.util import load_config
 
-import prepare_package as prepare_package_script
 from conftest import ROOT
-from errors import UserError
-from prepare_package import inference_config, make_meta, prepare_package, whole_training
+from scripts import package as prepare_package_script
+from scripts.common import UserError
+from scripts.package import inference_config, make_meta, prepare_package, whole_training
 
 TEMPLATE = srsly.read_json(ROOT / "configs" / "meta.json")
 PER_TYPE = {label: {"p": 0.8, "r": 0.7, "f": 0.75} for label in ("LOC", "ORG", "PER")}

@@ -10,10 +10,10 @@ from spacy.tokens import Doc, DocBin
 from spacy.training import Corpus, Example
 from thinc.api import warmup_linear
 
-import training
-from configure import configure
 from conftest import ROOT
-from convert import convert_split
+from scripts import train as training
+from scripts.configure import configure
+from scripts.convert import convert_split
 
 
 def optimizer(**changes):

@@ -11,8 +11,8 @@ import srsly
 from spacy.language import Language
 from spacy.tokens import Doc, Span
 
-from atomic import replacing
-from units import Unit, is_utf8, read
+from scripts.annotate.units import Unit, is_utf8, read
+from scripts.common import replacing
 
 ENTITY = {"start": pyarrow.int32(), "end": pyarrow.int32(), "label": pyarrow.string(), "score": pyarrow.float32()}
 SCHEMA = pyarrow.schema(

@@ -13,10 +13,9 @@ from spacy.util import load_config
 from thinc.api import Config
 from wasabi import msg
 
-from atomic import link_or_copy, replacing
-from clean import package_folder, remove
-from errors import UserError, one_sentence
-from evaluate import weights_digest
+from scripts.clean import package_folder, remove
+from scripts.common import UserError, link_or_copy, one_sentence, replacing
+from scripts.evaluate import weights_digest
 
 LABELS = {"PER": "people", "ORG": "organisations", "LOC": "places"}
 TRAINING_SECTIONS = ("paths", "system", "corpora", "training", "initialize")

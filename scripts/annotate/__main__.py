@@ -1,6 +1,6 @@
 """Annotates folders of Parquet, CSV and JSONL files with a pipeline's entities, on many cores, GPUs or machines.
 
-    python scripts/annotate.py it_panx_xlmr articles/ annotated/ --column text
+    python -m scripts.annotate it_panx_xlmr articles/ annotated/ --column text
 
 The work is cut into units of consecutive rows. An actor of Ray Data holds the pipeline and writes each unit's rows to a
 file that is named after the unit and appears whole or not at all: what is there when the command runs again is done.
@@ -29,10 +29,9 @@ from spacy.util import get_package_path, is_package
 from tqdm import tqdm
 from wasabi import msg
 
-from annotate_unit import annotate_unit, bad_path, part_path
-from atomic import replacing
-from errors import UserError, one_sentence
-from units import Unit, cut, fingerprint, input_files, root_of
+from scripts.annotate.units import Unit, cut, fingerprint, input_files, root_of
+from scripts.annotate.worker import annotate_unit, bad_path, part_path
+from scripts.common import UserError, one_sentence, replacing
 
 MANIFEST, TRIED, LOCK = "_manifest.json", "_tried", "_lock"
 ATTEMPTS = 4  # a unit on which so many workers died is given up

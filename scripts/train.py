@@ -20,11 +20,7 @@ from spacy.util import compile_infix_regex, compile_suffix_regex, minibatch
 from thinc.api import Optimizer, xp2torch
 from thinc.types import FloatsXd
 
-# `spacy train --code` imports this one file, by its path; the package carries the three that it imports
-sys.path.insert(0, str(Path(__file__).parent))
-import encoder  # noqa: E402, F401
-import linear_tokenizer  # noqa: E402, F401
-import token_ner  # noqa: E402
+from scripts.pipeline import token_ner
 
 matplotlib.use("agg")
 

@@ -5,8 +5,8 @@ import spacy
 from hypothesis import given
 from hypothesis import strategies as st
 
-import linear_tokenizer
-from linear_tokenizer import LONG, LinearTokenizer
+from scripts.pipeline import tokenizer as linear_tokenizer
+from scripts.pipeline.tokenizer import LONG, LinearTokenizer
 
 CONFIG = {"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v1"}}}
 ADDRESS = "http://example.org/" + "sezione/" * 30 + "?nome=Grazia"

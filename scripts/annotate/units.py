@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 from wasabi import msg
 
-from errors import UserError
+from scripts.common import UserError
 
 FORMATS = (".parquet", ".csv", ".jsonl")
 BOM = b"\xef\xbb\xbf"

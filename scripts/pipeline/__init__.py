@@ -1,0 +1,21 @@
+"""What the wheel carries: the transformer layer, the entity recognizer and the tokenizer.
+
+Importing this package registers their functions. No file here imports another, so that a wheel can hold them side by
+side.
+"""
+
+from pathlib import Path
+
+import spacy
+from spacy.language import Language
+
+from scripts.pipeline import encoder, token_ner, tokenizer
+
+__all__ = ["encoder", "load_pipeline", "token_ner", "tokenizer"]
+
+
+def load_pipeline(model: str | Path, gpu_id: int = -1) -> Language:
+    """Load a trained pipeline from a folder, or an installed package, on a GPU if `gpu_id` is 0 or more."""
+    if gpu_id >= 0:
+        spacy.require_gpu(gpu_id)
+    return spacy.load(model)
