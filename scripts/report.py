@@ -189,7 +189,7 @@ def render_error(error: Error, heading: str) -> dict[str, Any]:
 
 
 def make_report(gold: Sequence[Doc], predicted: Sequence[Doc], training: list[dict[str, Any]], name: str) -> str:
-    """The report as HTML. predicted: with `span._.score`. training: the rows of metrics/training.jsonl."""
+    """The report as HTML. predicted: with `span._.panx_score`. training: the rows of metrics/training.jsonl."""
     pairs = list(zip(gold, predicted, strict=True))
     labels = sorted({ent.label_ for pair in pairs for doc in pair for ent in doc.ents})
     errors = list(find_errors(gold, predicted))
@@ -198,8 +198,8 @@ def make_report(gold: Sequence[Doc], predicted: Sequence[Doc], training: list[di
     frequent = [
         render_error(first[kind], f"{count} ×: {kind[0]} → {kind[1]}") for kind, count in counts.most_common(MOST)
     ]
-    wrong = sorted((e for e in errors if e.predicted), key=lambda error: -error.predicted._.score)[:MOST]
-    confident = [render_error(e, f"{e.predicted._.score * 100:.1f} %: {e.kind[0]} → {e.kind[1]}") for e in wrong]
+    wrong = sorted((e for e in errors if e.predicted), key=lambda error: -error.predicted._.panx_score)[:MOST]
+    confident = [render_error(e, f"{e.predicted._.panx_score * 100:.1f} %: {e.kind[0]} → {e.kind[1]}") for e in wrong]
     bins = calibration_bins(gold, predicted)
     total = score(pairs)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)

@@ -30,7 +30,7 @@ from scripts.common import UserError, link_or_copy, one_sentence, replacing
 from scripts.convert import make_doc, repair
 from scripts.panx import read_tsv, split_path
 from scripts.pipeline import load_pipeline
-from scripts.pipeline.encoder import Encoder, row_scales
+from scripts.pipeline.encoder import PanxTransformerModel, row_scales
 
 WORDS = 150_000  # of wordfreq's list: further ones bring hardly any wordpiece
 SHARE = 0.05  # of a text's letters: a script with fewer of them is not its language's
@@ -71,7 +71,7 @@ def needed_ids(
     return sorted(kept)
 
 
-def trim(model: Encoder, kept: Sequence[int]) -> None:
+def trim(model: PanxTransformerModel, kept: Sequence[int]) -> None:
     """Drops all wordpieces but those with the ids `kept`, ascending, from the tokenizer and from the embeddings.
 
     Raises UserError for a tokenizer that is no unigram model: another kind would cut a text's other words anew; and for
@@ -174,7 +174,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, bytes | int, int]]:
         yield number, start, value, place
 
 
-def round_weights(model: Encoder, bits: int) -> None:
+def round_weights(model: PanxTransformerModel, bits: int) -> None:
     """Rounds the transformer's weights to what fits into so many bits, in which they are then stored.
 
     bits: 8, each row of a matrix then has a scale of its own and the other weights have 16; or 16 (IEEE 754 binary16).

@@ -283,7 +283,7 @@ def test_scores_are_those_of_the_pipeline(tiny_encoder, tmp_path):
     rows, _ = annotate_file(nlp, tmp_path / "in.jsonl", tmp_path / "out", rows=6)
     found = [(e["start"], e["end"], e["label"], e["score"]) for _, ents in rows.values() for e in ents]
     docs = list(nlp.pipe(lines))
-    expected = [(e.start_char, e.end_char, e.label_, e._.score) for doc in docs for e in doc.ents]
+    expected = [(e.start_char, e.end_char, e.label_, e._.panx_score) for doc in docs for e in doc.ents]
     assert expected
     assert [entity[:3] for entity in found] == [entity[:3] for entity in expected]
     assert [entity[3] for entity in found] == pytest.approx([entity[3] for entity in expected], abs=1e-4)

@@ -51,7 +51,7 @@ def entities(doc: Doc) -> list[dict[str, Any]]:
     """The entities, character offsets in the text; `score` is None where the pipe that set the entity gives none."""
     scored = Span.has_extension("score")
     return [
-        {"start": e.start_char, "end": e.end_char, "label": e.label_, "score": e._.score if scored else None}
+        {"start": e.start_char, "end": e.end_char, "label": e.label_, "score": e._.panx_score if scored else None}
         for e in doc.ents
     ]
 
