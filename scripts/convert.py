@@ -157,13 +157,14 @@ def convert(
     sizes: dict[str, int],
     *,
     extra_train: Path | None = None,
+    extra_train_size: int = 0,
     running: Path | None = None,
     running_times: int = 0,
 ) -> dict[str, Any]:
     """Write train.spacy, dev.spacy, test.spacy and stats.json into `output`; return the stats.
 
     sizes: sentences per split, selected as the model card selected them, 0 for all. extra_train: a folder of TSV files;
-    up to `sizes["train"]` sentences of each are added to the training split. running: the folder of the running corpus;
+    up to `extra_train_size` sentences of each (or as many as for training) are added to the training split. running: the folder of the running corpus;
     its training part is added `running_times` times, its other parts go to running-dev.spacy and running-test.spacy.
     Nothing is written unless everything can be. Raises UserError for what read_tsv, subset and running.load refuse.
     """
@@ -176,7 +177,7 @@ def convert(
         if split == "train":
             for extra in sorted(extra_train.glob("*.tsv")) if extra_train else []:
                 more = read_tsv(extra)
-                sentences += subset(more, min(sizes["train"], len(more)), str(extra))
+                sentences += subset(more, min(extra_train_size or sizes["train"], len(more)), str(extra))
             to_doc = partial(make_training_doc, nlp)
         else:
             to_doc = partial(make_doc, nlp.vocab)
@@ -211,6 +212,7 @@ def main(
     dev_size: Annotated[int, typer.Option(help="Validation sentences, 0 for all")] = 0,
     test_size: Annotated[int, typer.Option(help="Test sentences, 0 for all")] = 0,
     extra_train: Annotated[Path | None, typer.Option(help="Folder of further training sentences as TSV")] = None,
+    extra_train_size: Annotated[int, typer.Option(help="Sentences of each, 0 for as many as train_size", min=0)] = 0,
     running: Annotated[Path | None, typer.Option(help="Folder of the running corpus, used for Italian")] = None,
     running_times: Annotated[int, typer.Option(help="How often its training part is taken", min=0)] = 0,
 ) -> None:
@@ -218,8 +220,17 @@ def main(
     with one_sentence():
         sizes = {"train": train_size, "validation": dev_size, "test": test_size}
         running = running if lang == LANG else None
-        further = {"extra_train": extra_train, "running": running, "running_times": running_times}
-        stats = convert(data, output, lang, encoder, sizes, **further)
+        stats = convert(
+            data,
+            output,
+            lang,
+            encoder,
+            sizes,
+            extra_train=extra_train,
+            extra_train_size=extra_train_size,
+            running=running,
+            running_times=running_times,
+        )
         for split in SPLITS:
             row = stats[split]
             entities = ", ".join(f"{count} {label}" for label, count in row["entities"].items())

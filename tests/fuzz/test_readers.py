@@ -5,7 +5,6 @@
 
 import contextlib
 import io
-import shutil
 import tempfile
 import time
 import zipfile
@@ -20,6 +19,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from spacy.tokens import DocBin
 
+from fake_hub import write_encoder
 from scripts import build_encoder, download
 from scripts.common import UserError
 from scripts.configure import count_docs
@@ -56,18 +56,20 @@ def wheel(path: Path, data: bytes) -> None:
 
 
 def encoder_folder(path: Path, data: bytes) -> None:
-    """An encoder's folder whose JSON files, and for an even number of bytes weights, are all the same bytes: download
-    names what is wrong.
-    """
+    """An encoder's folder in which one file has these bytes; their number says which."""
     folder = path.with_suffix(".folder")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for name in ("config.json", "tokenizer_config.json", "model.safetensors.index.json", "tokenizer.json"):
-        (folder / name).write_bytes(data)
-    if len(data) % 2 == 0:  # else model.safetensors.index.json has to name them
-        (folder / "model.safetensors").write_bytes(data)
-    if problems := download.encoder_problems(folder, "damaged"):
-        refused(UserError(" ".join(problems)), "damaged")
+    if not folder.exists():
+        write_encoder(folder)
+    files = sorted(folder.iterdir())
+    damaged = files[len(data) % len(files)]
+    whole = damaged.read_bytes()
+    damaged.write_bytes(data)
+    try:
+        download.check_encoder(folder, "damaged")
+    except UserError as error:
+        refused(error, "damaged")
+    finally:
+        damaged.write_bytes(whole)
 
 
 def checksums(path: Path, data: bytes) -> None:
@@ -98,13 +100,14 @@ def _zip() -> bytes:
 
 
 SUMS = b'{"PAN-X.it": {"train": {"sha256": "0", "sentences": 1}, "validation": {"sha256": "1", "sentences": 2}}}'
-CONFIG = b'{"model_type": "xlm-roberta", "tokenizer_class": "XLMRobertaTokenizer", "weight_map": {"a": "b", "c": null}}'
+with tempfile.TemporaryDirectory() as folder:
+    ENCODER = [path.read_bytes() for path in write_encoder(Path(folder)).iterdir()]
 DEEP = b"[" * 100_000  # JSON nested so deep that its reader gives up
 # of each reader: files that are whole, to be damaged
 READERS: dict[Reader, list[bytes]] = {
     tsv: ["\ufeffAnna\tB-PER\nNeri\tI-PER\r\n\n \tO\n\nBari\u2028\tB-LOC\nè\tO\n".encode(), b"a\tI-ORG\n"],
     wheel: [_zip()],
-    encoder_folder: [CONFIG, (8).to_bytes(8, "little") + b'{"a":{} ' + b"0" * 8, DEEP],
+    encoder_folder: [*ENCODER, (8).to_bytes(8, "little") + b'{"a":{} ' + b"0" * 8, DEEP],
     checksums: [SUMS, DEEP],
     docbin: [DocBin(docs=[spacy.blank("it")("Bari")]).to_bytes()],
 }
