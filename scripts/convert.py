@@ -164,8 +164,9 @@ def convert(
     """Write train.spacy, dev.spacy, test.spacy and stats.json into `output`; return the stats.
 
     sizes: sentences per split, selected as the model card selected them, 0 for all. extra_train: a folder of TSV files;
-    up to `extra_train_size` sentences of each (or as many as for training) are added to the training split. running: the folder of the running corpus;
-    its training part is added `running_times` times, its other parts go to running-dev.spacy and running-test.spacy.
+    up to `extra_train_size` sentences of each (0: as many as for training) are added to the training split. running:
+    the folder of the running corpus; its training part is added `running_times` times, its other parts go to
+    running-dev.spacy and running-test.spacy.
     Nothing is written unless everything can be. Raises UserError for what read_tsv, subset and running.load refuse.
     """
     nlp = spacy.blank(lang, config={"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v2"}}})

@@ -73,9 +73,9 @@ def test_further_training_sentences_are_added_to_the_training_split_only(data, t
     assert [stats[split]["sentences"] for split in SPLITS] == [7, 1, 1]
     stats = convert(data, tmp_path, "it", tiny_encoder, ALL | {"train": 1}, extra_train=extra)
     assert stats["train"]["sentences"] == 3
-    for size, count in ((2, 5), (400, 7)):  # all that is there is taken
+    for size, expected in ((2, 5), (400, 7)):  # all that is there is taken
         settings = {"extra_train": extra, "extra_train_size": size}
-        assert convert(data, tmp_path, "it", tiny_encoder, ALL, **settings)["train"]["sentences"] == count
+        assert convert(data, tmp_path, "it", tiny_encoder, ALL, **settings)["train"]["sentences"] == expected
 
 
 def test_another_language_is_converted_by_its_own_rules(data, tmp_path, tiny_encoder):
