@@ -1,6 +1,6 @@
-"""The transformer layer `panx_xlmr.TransformerModel.v1`, its pipe, and a pipe that frees its vectors.
+"""The transformer layer `panx_xlmr.TransformerModel.v1`.
 
-The layer computes what `spacy-transformers.TransformerModel.v3` computes, at less cost, and feeds the same listeners:
+It computes what `spacy-transformers.TransformerModel.v3` computes, at less cost, and feeds the same listeners:
 
 - It tokenizes a Doc's text as a whole, in linear time, and cuts it into windows of wordpieces. Every wordpiece gets its
   vector from the window with most context around it. Every token has a vector: one without a wordpiece (white space, a
@@ -11,13 +11,12 @@ The layer computes what `spacy-transformers.TransformerModel.v3` computes, at le
 """
 
 import copy
-import itertools
 import json
 import os
 import platform
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,14 +26,12 @@ import srsly
 import torch
 from safetensors.torch import load, save
 from spacy import registry
-from spacy.language import Language
 from spacy.tokens import Doc, Span
 from spacy.util import SimpleFrozenDict
 from spacy_transformers.data_classes import FullTransformerBatch, HFObjects, TransformerData, WordpieceBatch
 from spacy_transformers.layers import trfs2arrays
 from spacy_transformers.layers.hf_shim import HFShim
 from spacy_transformers.layers.transformer_model import TransformerModel, huggingface_from_pretrained
-from spacy_transformers.pipeline_component import DEFAULT_CONFIG, Transformer
 from thinc.api import Model, Optimizer, chain, get_array_module, get_torch_default_device, torch2xp, xp2torch
 from thinc.types import Floats2d, Floats3d, Ragged
 from torch.nn.functional import embedding
@@ -42,13 +39,10 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import no_init_weights
 
-FACTORY, CLEANER = "panx_xlmr_transformer_v1", "panx_xlmr_doc_cleaner_v1"
 # Wordpieces per window without the special tokens, and how many of them the next window repeats.
 WINDOW, OVERLAP = 126, 32
 # Wordpieces per group of windows that run together, padding included. Small groups waste least padding on a CPU.
 GROUP_SIZE = {"cpu": 256, "cuda": 16384}
-# Tokens whose vectors a stream keeps in memory at a time.
-MAX_TOKENS = 8192
 Precision = Literal["float32", "bfloat16", "int8"]
 # PyTorch multiplies float32 matrices with MKL. oneDNN is faster where AVX-512 is there, slower elsewhere
 # (benchmarks/speed.py measures both).
@@ -625,46 +619,3 @@ def grouped_by_length(windows: Sequence[Window], size: int) -> Iterator[list[Win
         group.append(window)
     if group:
         yield group
-
-
-class PanxTransformer(Transformer):
-    """spacy-transformers' pipe with streams in batches of bounded size."""
-
-    def pipe(self, stream: Iterable[Doc], *, batch_size: int = 128) -> Iterator[Doc]:
-        """Set the vectors of a stream in batches of at most `batch_size` Docs and about MAX_TOKENS tokens."""
-        batch: list[Doc] = []
-        for doc in stream:
-            batch.append(doc)
-            if len(batch) == batch_size or sum(map(len, batch)) >= MAX_TOKENS:
-                yield from super().pipe(batch, batch_size=batch_size)
-                batch = []
-        yield from super().pipe(batch, batch_size=batch_size)
-
-
-def make_transformer(
-    nlp: Language, name: str, model: Model, set_extra_annotations: Callable, max_batch_items: int
-) -> PanxTransformer:
-    """Create the pipe from a config; see spacy_transformers.Transformer."""
-    return PanxTransformer(nlp.vocab, model, set_extra_annotations, max_batch_items=max_batch_items, name=name)
-
-
-class DocCleaner:
-    """Drop a Doc's transformer vectors to save memory, unless a pipe behind this one listens to the transformer."""
-
-    def __init__(self, nlp: Language, name: str) -> None:
-        self.nlp, self.name = nlp, name
-
-    def __call__(self, doc: Doc) -> Doc:
-        """Set `doc._.trf_data` to None."""
-        pipes = dict(self.nlp.pipeline)
-        listening = {name for pipe in pipes.values() for name in getattr(pipe, "listening_components", ())}
-        if listening.isdisjoint(itertools.dropwhile(lambda name: name != self.name, pipes)):
-            doc._.trf_data = None
-        return doc
-
-
-if not Language.has_factory(FACTORY):  # another package of this format may have registered them
-    Language.factory(
-        FACTORY, assigns=["doc._.trf_data"], default_config=DEFAULT_CONFIG["transformer"], func=make_transformer
-    )
-    Language.factory(CLEANER, func=DocCleaner)
