@@ -1,49 +1,35 @@
-"""What the project would be without one of its choices: registered functions for `spacy train --code`."""
+"""Register what replaces a choice of this project in a comparison: the code for `spacy train --code`."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import numpy
-from spacy import registry
+import torch
 from spacy.language import Language
 from spacy.training import Example
-from thinc.api import Model
-from thinc.types import Floats2d
+from thinc.api import Model, torch2xp, xp2torch
+from torch.nn.functional import cross_entropy
 
-from scripts.pipeline import token_ner
+import scripts.train  # noqa: F401  registers what the training config names
+from scripts.pipeline.token_ner import MASKED, TagScores, TokenNer
 
 
 @Language.factory("softmax_ner", default_config={"scorer": {"@scorers": "spacy.ner_scorer.v1"}})
 def make_softmax_ner(nlp: Language, name: str, model: Model, scorer: Callable | None) -> "SoftmaxNer":
-    """Creates the pipe from a config; see SoftmaxNer."""
+    """Create the pipe from a config; see SoftmaxNer."""
     return SoftmaxNer(nlp.vocab, model, name, scorer=scorer)
 
 
-class SoftmaxNer(token_ner.TokenNer):
-    """`token_ner` trained by each token's cross-entropy: the transitions stay zero, decoding stays valid IOB2."""
+class SoftmaxNer(TokenNer):
+    """`token_ner` trained with each token's cross-entropy; its transitions stay zero, so only valid IOB2 counts."""
 
-    def get_loss(self, examples: Iterable[Example], scores: token_ner.TagScores) -> tuple[float, token_ner.TagScores]:
-        """The cross-entropy, in nats, averaged over the tokens that have a gold tag, and its gradient."""
-        xp = self.model.ops.xp
-        gold = xp.asarray([tag for example in examples for tag in self.gold_tags(example)], dtype="int64")
-        flat: Floats2d = xp.concatenate(scores.emissions)
-        shifted = flat - flat.max(axis=1, keepdims=True)
-        log_probabilities = shifted - xp.log(xp.exp(shifted).sum(axis=1, keepdims=True))
-        rows = xp.arange(len(gold))[gold != token_ner.MASKED]
-        count = max(len(rows), 1)
-        gradient = xp.zeros_like(flat)
-        gradient[rows] = xp.exp(log_probabilities[rows])
-        gradient[rows, gold[rows]] -= 1
-        by_doc = self.model.ops.unflatten(gradient / count, numpy.array([len(s) for s in scores.emissions], dtype="i"))
-        loss = -float(log_probabilities[rows, gold[rows]].sum()) / count
-        zeros = xp.zeros_like(scores.transitions), xp.zeros_like(scores.start)
-        return loss, token_ner.TagScores(by_doc, *zeros)
-
-
-@registry.augmenters("panx_xlmr.PanxWords.v1")
-def panx_words() -> Callable[[Language, Example], Iterator[Example]]:
-    """Leaves the words of training sentences as PAN-X has them."""
-
-    def augment(nlp: Language, example: Example) -> Iterator[Example]:
-        yield example
-
-    return augment
+    def get_loss(self, examples: Iterable[Example], scores: TagScores) -> tuple[float, TagScores]:
+        """Return the mean cross-entropy of the annotated tokens in nats, and its gradient."""
+        ops = self.model.ops
+        emissions = xp2torch(ops.xp.concatenate(scores.emissions), requires_grad=True)
+        gold = torch.tensor([tag for example in examples for tag in self.gold_tags(example)], device=emissions.device)
+        loss = cross_entropy(emissions, gold, ignore_index=MASKED)
+        loss.backward()
+        lengths = numpy.array([len(doc_scores) for doc_scores in scores.emissions], dtype="int32")
+        by_doc = ops.unflatten(torch2xp(emissions.grad), lengths)
+        zeros = ops.xp.zeros_like(scores.transitions), ops.xp.zeros_like(scores.start)
+        return float(loss.detach()), TagScores(by_doc, *zeros)

@@ -1,11 +1,11 @@
-"""What slimming costs and gains: size, time to load, peak memory and F1 of the trained pipeline, as it is and slimmed.
+"""Measure what slimming costs and gains: size, load time, peak memory and F1 of the trained pipeline.
 
-    python benchmarks/size.py training/model-last --data assets/data
+    python -m benchmarks.size training/model-last --data assets/data
 
-Four variants are made of the trained pipeline: as it is, with fewer wordpieces, and that with weights in 16 and in 8
-bits. Each is loaded and run in processes of its own. Size is that of the folder as a wheel compresses it. It is counted
-how many texts get other entities than from the whole pipeline, and how many of these have kept wordpieces only: of the
-test sentences, and with --texts of any others, of which nobody needs to know the entities.
+Compare four variants: the pipeline as trained, with fewer wordpieces, and the latter with 16-bit and 8-bit weights.
+Each is loaded several times, every time in a new process. Size is that of the folder's files as a wheel compresses
+them. Also count the texts whose entities differ from those of the pipeline as trained, and how many of these texts have
+kept wordpieces only: for the test sentences, and with --texts for any other texts, which need no annotation.
 """
 
 import json
@@ -23,19 +23,19 @@ import typer
 from spacy.tokens import DocBin
 from wasabi import msg
 
-from scripts import slim as slim_script
+from scripts.pipeline import load_pipeline
+from scripts.slim import frequent_words, needed_ids, prune, round_weights, training_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 
 LOAD = """
 import json, sys, time
-sys.path.insert(0, sys.argv[2])
 import spacy, scripts.pipeline
 start = time.perf_counter()
 nlp = spacy.load(sys.argv[1])
 loaded = time.perf_counter() - start
 nlp("Grazia Deledda nacque a Nuoro.")
-# getrusage would count what the parent had before this program took its place
+# not getrusage, which includes the parent's memory at the time of the fork
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps([loaded, int(peak) / 1e6]))
 """
@@ -44,23 +44,22 @@ print(json.dumps([loaded, int(peak) / 1e6]))
 def make_variants(
     model: Path, folder: Path, sentences: list[str], lang: str, count: int
 ) -> tuple[dict[str, Path], set[str]]:
-    """Saves the variants in `folder`; returns their folders by name, and the wordpieces that are kept."""
+    """Save the variants in `folder`; return their folders by name, and the kept wordpieces."""
     variants = {"as trained": model}
     for name, bits in (("fewer wordpieces", None), ("and 16 bits", 16), ("and 8 bits", 8)):
-        nlp = spacy.load(model)
+        nlp = load_pipeline(model)
         encoder = nlp.get_pipe("transformer").model
-        kept = slim_script.needed_ids(encoder.tokenizer, sentences, slim_script.frequent_words(lang), count)
-        pieces = set(encoder.tokenizer.convert_ids_to_tokens(kept))
-        slim_script.trim(encoder, kept)
+        prune(encoder, needed_ids(encoder.tokenizer, sentences, frequent_words(lang), count))
+        pieces = set(encoder.tokenizer.get_vocab())
         if bits:
-            slim_script.round_weights(encoder, bits)
+            round_weights(encoder, bits)
         variants[name] = folder / name
         nlp.to_disk(variants[name])
     return variants, pieces
 
 
 def zipped_size(folder: Path) -> float:
-    """MB of the folder's files, deflated one by one as in a wheel."""
+    """Return the size in MB of the folder's files, deflated one by one as in a wheel."""
     with tempfile.TemporaryFile() as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in folder.rglob("*"):
             archive.write(path, path.relative_to(folder))
@@ -68,8 +67,9 @@ def zipped_size(folder: Path) -> float:
 
 
 def count_changes(before: list[list[tuple]], after: list[list[tuple]], whole: list[bool]) -> list[str]:
-    """How many texts have other entities, how many of them have kept wordpieces only, and the F1 of the entities after
-    against those before, in percent.
+    """Return three figures: texts with other entities, those of them with kept wordpieces only, and F1 in percent.
+
+    F1 is that of the entities after against those before.
     """
     changed = [kept for one, other, kept in zip(before, after, whole, strict=True) if one != other]
     same = sum(len(set(one) & set(other)) for one, other in zip(before, after, strict=True))
@@ -78,20 +78,20 @@ def count_changes(before: list[list[tuple]], after: list[list[tuple]], whole: li
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="Trained pipeline, not slimmed", show_default=False)],
+    model: Annotated[Path, typer.Argument(help="Trained pipeline, as `train` writes it", show_default=False)],
     data: Annotated[Path, typer.Option(help="Folder with the training sentences as TSV")] = ROOT / "assets" / "data",
-    train: Annotated[Path, typer.Option(help="What was trained on (.spacy)")] = ROOT / "corpus" / "train.spacy",
+    train: Annotated[Path, typer.Option(help="The training corpus (.spacy)")] = ROOT / "corpus" / "train.spacy",
     test: Annotated[Path, typer.Option(help="Test sentences (.spacy)")] = ROOT / "corpus" / "test.spacy",
-    texts: Annotated[Path | None, typer.Option(help="Other texts: JSONL with text")] = None,
-    runs: Annotated[int, typer.Option(help="Times that each variant is loaded")] = 5,
+    texts: Annotated[Path | None, typer.Option(help="Other texts: JSONL with a field text")] = None,
+    runs: Annotated[int, typer.Option(help="Number of loads per variant")] = 5,
 ) -> None:
-    """Measure the trained pipeline as it is, and made small step by step."""
+    """Measure the trained pipeline and its slim variants."""
     variables = srsly.read_yaml(ROOT / "project.yml")["vars"]
     lang = variables["lang"]
     collections = {"test sentences": [doc.text for doc in DocBin().from_disk(test).get_docs(spacy.blank(lang).vocab)]}
     if texts:
         collections["other texts"] = [row["text"] for row in srsly.read_jsonl(texts)]
-    sentences = slim_script.training_texts(data, train, lang)
+    sentences = training_texts(data, train, lang)
     rows, changes = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -101,23 +101,23 @@ def main(
         for variant, path in variants.items():
             loads = []
             for _ in range(runs):
-                command = [sys.executable, "-c", LOAD, path, ROOT]
+                command = [sys.executable, "-c", LOAD, path]
                 loads.append(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
             seconds, memory = (statistics.median(load[i] for load in loads) for i in (0, 1))
             spacy_evaluate = [sys.executable, "-m", "spacy", "evaluate", path, test, "--gold-preproc"]
             code, output = ROOT / "scripts" / "train.py", folder / "gold.json"
             subprocess.run([*spacy_evaluate, "--code", code, "--output", output], capture_output=True, check=True)
             gold = srsly.read_json(output)["ents_f"]
-            nlp = spacy.load(path)
+            nlp = load_pipeline(path)
             rows.append(
                 (variant, f"{zipped_size(path):.1f} MB", f"{seconds:.2f} s", f"{memory:.2f} GB", f"{gold * 100:.2f}")
             )
             for kind, some in collections.items():
                 found = [[(e.start_char, e.end_char, e.label_) for e in doc.ents] for doc in nlp.pipe(some)]
-                if kind not in entities:  # of the pipeline as it was trained, which is the first
+                if kind not in entities:  # the first variant is the pipeline as trained
                     tokenizer = nlp.get_pipe("transformer").model.tokenizer.backend_tokenizer
-                    cut = tokenizer.encode_batch(some, add_special_tokens=False)
-                    entities[kind], whole[kind] = found, [set(encoding.tokens) <= pieces for encoding in cut]
+                    encodings = tokenizer.encode_batch(some, add_special_tokens=False)
+                    entities[kind], whole[kind] = found, [set(encoding.tokens) <= pieces for encoding in encodings]
                 else:
                     changes.append((kind, variant, *count_changes(entities[kind], found, whole[kind])))
     msg.table(rows, header=("pipeline", "zipped", "load", "peak memory", "F1, gold tokens"), divider=True)

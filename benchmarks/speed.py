@@ -1,16 +1,15 @@
-"""How fast the pipeline is, beside what its users could pick instead: same weights, same texts, same threads, one run.
+"""Compare the pipeline's speed with that of its alternatives: same weights, texts and threads, in one run.
 
-    python benchmarks/speed.py training/model --test corpus/test.spacy
+    python -m benchmarks.speed training/model --test corpus/test.spacy
 
-Compared are the pipeline in each precision, as a stream and text by text; `transformers.pipeline` at its best batch
-size; stock spacy-transformers with spaCy's `ner`; and with --package any spaCy pipeline that is installed. Each is a
-process of its own, and they take turns: medians of the rounds, with the least and the most. The encoder's weights are
-the pipeline's own in all of them. `transformers.pipeline` has the pipeline's linear layer as its head, without what the
-CRF adds, and takes each word's first wordpiece. The `ner` has random weights, which cost what trained ones do: its F1
-means nothing and is left out.
+The systems are the pipeline in each precision; `transformers.pipeline` with its best batch size; stock
+spacy-transformers with spaCy's `ner`; and with --package any installed spaCy pipeline. Each runs in a separate process,
+and they take turns: the table gives the median of the rounds, the minimum and the maximum. All but a package have the
+encoder weights of the pipeline. `transformers.pipeline` also has its linear layer, without the CRF, and labels each
+word by its first wordpiece. The `ner` has random weights, which cost the same as trained ones; its F1 is left out.
 
-With --recipe, the script that benchmarks/accuracy.py compares with, --data and --encoder training is measured too.
---plot draws how the cost grows with the length of a text and with the size of a batch.
+With --data and --encoder, training is compared with the card's recipe (benchmarks/recipe.py). --plot draws how the cost
+grows with the length of a text and with the size of a batch.
 """
 
 import json
@@ -55,7 +54,7 @@ Annotate = Callable[[Sequence[str]], Iterator[Entities]]
 
 
 def entities(nlp: Language) -> Annotate:
-    """The function that streams texts through a pipeline, with its own batch size; a single text is called with."""
+    """Return the function that streams texts through a pipeline, or calls it with a single text."""
 
     def annotate(texts: Sequence[str]) -> Iterator[Entities]:
         for doc in nlp.pipe(texts) if len(texts) > 1 else map(nlp, texts):
@@ -65,7 +64,7 @@ def entities(nlp: Language) -> Annotate:
 
 
 def save_hugging_face(nlp: Language, folder: Path) -> None:
-    """Saves the pipeline's encoder and linear layer as a model for token classification, and its tokenizer."""
+    """Save the pipeline's encoder and linear layer as a model for token classification, and its tokenizer."""
     from transformers import AutoModelForTokenClassification
 
     ner, objects = nlp.get_pipe("ner"), nlp.get_pipe("transformer").model.layers[0].shims[0]._hfmodel
@@ -79,21 +78,21 @@ def save_hugging_face(nlp: Language, folder: Path) -> None:
         parameter.data.copy_(encoder_module.xp2torch(output.get_param(name)))
     model.save_pretrained(folder)
     objects.tokenizer.save_pretrained(folder)
-    if objects.vocab_file_contents is not None:  # spacy-transformers wants it too; where it was read from is gone
+    if objects.vocab_file_contents is not None:  # spacy-transformers reads it too
         (folder / objects.tokenizer.vocab_files_names["vocab_file"]).write_bytes(objects.vocab_file_contents)
 
 
 def hugging_face(folder: Path, batch_size: int, gpu_id: int) -> Annotate:
-    """`transformers.pipeline` on the model in the folder."""
+    """Return the function that runs `transformers.pipeline` with the model in the folder."""
     from transformers import pipeline
 
-    # with a stride it takes a long text in windows; without one it leaves out all but the beginning
+    # with a stride a long text is split into windows; without one it is truncated
     settings = {"aggregation_strategy": "first", "batch_size": batch_size, "device": gpu_id, "stride": 32}
     classify = pipeline("token-classification", str(folder), **settings)
 
     def annotate(texts: Sequence[str]) -> Iterator[Entities]:
         for text, found in zip(texts, classify(list(texts)), strict=True):
-            # an entity begins with the space before it, as its first wordpiece does
+            # an entity's first wordpiece includes the space before it
             spaces = [len(text[e["start"] : e["end"]]) - len(text[e["start"] : e["end"]].lstrip()) for e in found]
             yield [
                 (int(ent["start"]) + skip, int(ent["end"]), ent["entity_group"])
@@ -104,7 +103,7 @@ def hugging_face(folder: Path, batch_size: int, gpu_id: int) -> Annotate:
 
 
 def stock(nlp: Language, folder: Path) -> Annotate:
-    """spacy-transformers' own layer with the encoder in the folder, and spaCy's `ner` on it."""
+    """Return the function that runs spaCy's `ner` on stock spacy-transformers with the encoder in the folder."""
     blank = spacy.blank(nlp.lang)
     blank.add_pipe("transformer", config={"model": STOCK_CONFIG | {"name": str(folder)}})
     listener = {"@architectures": "spacy-transformers.TransformerListener.v1", "grad_factor": 1.0}
@@ -125,7 +124,7 @@ def stock(nlp: Language, folder: Path) -> Annotate:
 
 
 def make(name: str, model: Path, folder: Path, gpu_id: int) -> Annotate:
-    """The system called `name`; `folder` has what `save_hugging_face` writes. gpu_id: -1 for the CPU."""
+    """Return the function of a system. folder: written by `save_hugging_face`. gpu_id: -1 for the CPU."""
     if gpu_id >= 0:
         spacy.require_gpu(gpu_id)
     if name.startswith(HUGGING_FACE):
@@ -144,7 +143,7 @@ def make(name: str, model: Path, folder: Path, gpu_id: int) -> Annotate:
 
 
 def work(name: str, model: Path, folder: Path, gpu_id: int) -> None:
-    """The loop of a system's process: takes requests from standard input, a line of JSON each, and answers so."""
+    """Answer requests from standard input, one line of JSON each: the loop of a system's process."""
     annotate = make(name, model, folder, gpu_id)
     for line in sys.stdin:
         request = json.loads(line)
@@ -161,7 +160,7 @@ def work(name: str, model: Path, folder: Path, gpu_id: int) -> None:
             found = list(annotate(texts))
             answer["entities"] = found if request["entities"] else None
         answer["seconds"] = time.perf_counter() - start
-        # getrusage would count what the parent had before this program took its place
+        # getrusage would include the parent's memory before exec
         status = Path("/proc/self/status").read_text()
         answer["memory"] = int(next(row.split()[1] for row in status.splitlines() if row.startswith("VmHWM"))) / 1e6
         if gpu_id >= 0:
@@ -170,12 +169,12 @@ def work(name: str, model: Path, folder: Path, gpu_id: int) -> None:
 
 
 class System:
-    """A system in a process of its own."""
+    """A system in a separate process."""
 
     def __init__(self, name: str, model: Path, folder: Path, threads: int, gpu_id: int = -1) -> None:
         self.name = name
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, __file__, str(model), "--work", name, "--folder", str(folder)]
+        command = [sys.executable, "-m", "benchmarks.speed", str(model), "--work", name, "--folder", str(folder)]
         command += ["--gpu-id", str(gpu_id)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
@@ -183,7 +182,7 @@ class System:
         )
 
     def ask(self, texts: Sequence[str], single: bool = False, entities: bool = False) -> dict[str, Any]:
-        """What `work` answers. Raises RuntimeError where the process has ended."""
+        """Return the answer of `work`. Raises RuntimeError if the process has ended."""
         request = {"texts": list(texts), "single": single, "entities": entities}
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
@@ -193,19 +192,19 @@ class System:
             raise RuntimeError(f"{self.name} has ended; run it with --work '{self.name}' to see why") from None
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self.process.stdin.close()
         self.process.wait()
 
 
 def read_test(path: Path) -> tuple[list[str], list[Entities]]:
-    """The texts of a .spacy file, and their gold entities."""
+    """Return the texts of a .spacy file and their gold entities."""
     docs = list(DocBin().from_disk(path).get_docs(spacy.blank("xx").vocab))
     return [doc.text for doc in docs], [[(e.start_char, e.end_char, e.label_) for e in doc.ents] for doc in docs]
 
 
 def f1(gold: Sequence[Entities], found: Sequence[Sequence[Any]]) -> float:
-    """Strict F1 by characters, in percent."""
+    """Return strict F1 by characters, in percent."""
     pairs = [({tuple(e) for e in g}, {tuple(e) for e in f}) for g, f in zip(gold, found, strict=True)]
     right, expected, given = (
         sum(len(s) for s in sets) for sets in zip(*((g & f, g, f) for g, f in pairs), strict=True)
@@ -214,7 +213,7 @@ def f1(gold: Sequence[Entities], found: Sequence[Sequence[Any]]) -> float:
 
 
 def spread(values: Sequence[float], form: str = ",.0f") -> str:
-    """Median, least and most."""
+    """Return median, minimum and maximum."""
     return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
 
@@ -229,12 +228,12 @@ def compare(
     threads: int,
     gpu_id: int = -1,
 ) -> None:
-    """Prints the table of all systems. Speed is that of the first `count` texts, F1 that of all."""
+    """Print the table of all systems: speed on the first `count` texts, F1 on all of them."""
     timed = texts[:count]
     words = sum(len(text.split()) for text in timed)
     singles = timed[:200]
     systems = {}
-    for name in names:  # one after the other: loading takes the most memory
+    for name in names:  # one at a time: loading takes the most memory
         systems[name] = System(name, model, folder, threads, gpu_id)
         systems[name].ask(timed[:64])
     speeds: dict[str, list[float]] = {name: [] for name in names}
@@ -268,13 +267,13 @@ def compare(
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Return a table in Markdown."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
 def best_batch_size(model: Path, folder: Path, texts: Sequence[str], threads: int, gpu_id: int = -1) -> str:
-    """`transformers.pipeline` with the batch size that is fastest on the texts."""
+    """Return the name of `transformers.pipeline` with the batch size that is fastest on the texts."""
     seconds = {}
     for size in BATCH_SIZES:
         system = System(f"{HUGGING_FACE}, batches of {size}", model, folder, threads, gpu_id)
@@ -285,7 +284,7 @@ def best_batch_size(model: Path, folder: Path, texts: Sequence[str], threads: in
 
 
 def plot(names: Sequence[str], model: Path, folder: Path, texts: Sequence[str], threads: int, path: Path) -> None:
-    """Draws words/s against the words of a text, and against the number of texts."""
+    """Plot words/s against the words of a text, and against the number of texts."""
     figure, (by_length, by_batch) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     running = " ".join(texts).split()
     words = (running * (max(LENGTHS) // len(running) + 1))[: max(LENGTHS)]
@@ -312,48 +311,34 @@ def plot(names: Sequence[str], model: Path, folder: Path, texts: Sequence[str], 
     msg.good(str(path))
 
 
-def timed_command(command: Sequence[object], cwd: Path, threads: int) -> tuple[float, float]:
-    """Seconds and peak memory in GB of a command. Raises RuntimeError where it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    start = time.perf_counter()
-    with (cwd / "log.txt").open("w") as log:
-        process = subprocess.Popen([str(c) for c in command], cwd=cwd, env=environment, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{(cwd / 'log.txt').read_text()[-2000:]}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1e6
-
-
 def compare_training(
-    recipe: Path, data: Path, encoder: Path, rounds: int, threads: int, sentences: int = 480, gpu_id: int = -1
+    data: Path, encoder: Path, rounds: int, threads: int, sentences: int = 480, gpu_id: int = -1
 ) -> None:
-    """Prints sentences/s and peak memory of both systems: three epochs' time less one epoch's, validation included.
+    """Print sentences/s and peak memory of the card's recipe and this project.
 
-    The recipe takes a GPU by itself if it sees one.
+    The time is that of three epochs less that of one epoch, so that it includes validation but not the start.
     """
     from benchmarks import accuracy
 
     sizes = {"train": sentences, "validation": 24, "test": 24}
-    accuracy.SIZES |= sizes
-    seconds: dict[str, list[float]] = {"the recipe": [], "this project": []}
+    seconds: dict[str, list[float]] = {accuracy.BASELINE: [], accuracy.PROJECT: []}
     memory = dict.fromkeys(seconds, 0.0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        accuracy.prepare(folder / "project", data, encoder, gpu_id)
-        steps = sizes["train"] // srsly.read_yaml(ROOT / "project.yml")["vars"]["batch_size"]
+        accuracy.prepare(folder / "project", data, encoder, sizes, gpu_id)
+        steps = sentences // srsly.read_yaml(ROOT / "project.yml")["vars"]["batch_size"]
         for _ in range(rounds):
             measured: dict[tuple[str, int], float] = {}
             for epochs in (1, 3):
-                plain = [sys.executable, recipe.resolve(), encoder.resolve(), "--epochs", epochs, "--test", 0]
-                plain += ["--train", sizes["train"], "--validation", sizes["validation"]]
-                ours = [sys.executable, "-m", "spacy", "train", "training/config.cfg", "--output", folder / "trained"]
-                ours += ["--code", "scripts/train.py", "--training.max_steps", epochs * steps]
-                ours += ["--training.eval_frequency", steps, "--gpu-id", gpu_id]
-                for system, command, cwd in (("the recipe", plain, folder), ("this project", ours, folder / "project")):
-                    measured[system, epochs], peak = timed_command(command, cwd, threads)
+                recipe = accuracy.recipe_command(data, encoder, gpu_id, {"epochs": epochs} | sizes)
+                overrides = {"training.max_steps": epochs * steps, "training.eval_frequency": steps}
+                train = accuracy.train_command(folder / "trained", gpu_id, overrides)
+                jobs = ((accuracy.BASELINE, recipe, ROOT), (accuracy.PROJECT, train, folder / "project"))
+                for system, command, cwd in jobs:
+                    measured[system, epochs], peak = accuracy.run(command, folder / "log.txt", cwd, threads)
                     memory[system] = max(memory[system], peak)
             for system in seconds:
-                seconds[system].append(2 * sizes["train"] / (measured[system, 3] - measured[system, 1]))
+                seconds[system].append(2 * sentences / (measured[system, 3] - measured[system, 1]))
     rows = [[system, spread(values, ".1f"), f"{memory[system]:.2f}"] for system, values in seconds.items()]
     print("\n" + markdown(("training", "sentences/s", "GB"), rows))
 
@@ -361,14 +346,13 @@ def compare_training(
 def main(
     model: Annotated[Path, typer.Argument(help="Trained pipeline", show_default=False)],
     test: Annotated[Path, typer.Option(help="Test sentences (.spacy)")] = ROOT / "corpus" / "test.spacy",
-    count: Annotated[int, typer.Option(help="Texts whose time is taken")] = 1500,
-    rounds: Annotated[int, typer.Option(help="How often each system is timed")] = 5,
+    count: Annotated[int, typer.Option(help="Texts to time")] = 1500,
+    rounds: Annotated[int, typer.Option(help="Rounds of timing")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of each system")] = 1,
     package: Annotated[list[str], typer.Option(help="Installed spaCy pipelines to compare")] = [],  # noqa: B006
-    recipe: Annotated[Path | None, typer.Option(help="The reference's script, for training")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of PAN-X.it, for training")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of PAN-X.it as TSV files, for training")] = None,
     encoder: Annotated[Path | None, typer.Option(help="Folder of the encoder, for training")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="PNG file of the growth")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="PNG file of the plot")] = None,
     work_as: Annotated[str, typer.Option("--work", hidden=True)] = "",
     folder: Annotated[Path | None, typer.Option(hidden=True)] = None,
     gpu_id: Annotated[int, typer.Option(hidden=True)] = -1,
@@ -376,8 +360,8 @@ def main(
     """Compare the pipeline's speed, memory and F1 with those of other systems."""
     if work_as:
         return work(work_as, model, folder, gpu_id)
-    if len({recipe is None, data is None, encoder is None}) > 1:
-        raise typer.BadParameter("--recipe, --data and --encoder go together.")
+    if (data is None) != (encoder is None):
+        raise typer.BadParameter("Give --data and --encoder together.")
     texts, gold = read_test(test)
     with tempfile.TemporaryDirectory() as name:
         save_hugging_face(spacy.load(model), Path(name))
@@ -386,8 +370,8 @@ def main(
         compare(names, model, Path(name), texts, gold, count, rounds, threads)
         if plot_file:
             plot([EXACT, "this pipeline, int8", batched], model, Path(name), texts[:count], threads, plot_file)
-    if recipe:
-        compare_training(recipe, data, encoder, 3, threads)
+    if data and encoder:
+        compare_training(data, encoder, 3, threads)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Proves and measures the path of xlm-roberta-base without its weights: the same shape, randomly initialised.
+"""Prove that xlm-roberta-base's shape works, without its weights: run the project with a random encoder of that shape.
 
-    python benchmarks/xlmr_base_shape.py
+    python -m benchmarks.xlmr_base_shape
 
-Runs the project on the sample corpus with it, two training steps on the CPU, installs the wheel in a fresh venv and
-loads it there. Prints time and peak memory of each command and the wheel's size. Needs requirements-dev.txt,
-assets/encoder-small (`spacy project run build-encoder`) for its 250,002 wordpieces, and about 12 GB of disk and memory.
+Run the workflow on the sample corpus with two training steps on the CPU, install the wheel in a new venv and load it
+there. Print the time and peak memory of each command and the wheel's size. The tokenizer is that of
+assets/encoder-small (`spacy project run build-encoder`), which has XLM-R's 250,002 wordpieces. Needs about 12 GB of
+disk and memory.
 """
 
 import multiprocessing
@@ -28,25 +29,17 @@ SETTINGS = {
     "dev_size": 24,
     "test_size": 0,
     "epochs": 1,
-    # a random encoder has nothing to learn in two steps; left almost as it is, the head finds some entities by chance,
-    # and a package of a pipeline that finds none is refused
+    # Nearly untrained, the head finds some entities by chance; `package` refuses a pipeline that finds none.
     "learning_rate": 1e-9,
 }
 
 
 def build_encoder(folder: Path) -> None:
-    """A random XLM-R of the base model's shape in `folder`, with its real wordpieces as a SentencePiece file."""
-    from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizerFast
+    """Write a randomly initialized encoder of xlm-roberta-base's shape to the new folder `folder`."""
+    from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaModel
 
-    from benchmarks.sentencepiece_file import write_sentencepiece
-
-    vocab = srsly.read_json(ROOT / "assets" / "encoder-small" / "tokenizer.json")["model"]["vocab"]
-    pieces, scores = zip(*vocab, strict=True)
-    folder.mkdir()
-    write_sentencepiece(pieces, scores, folder / "sentencepiece.bpe.model")
-    tokenizer = XLMRobertaTokenizerFast(str(folder / "sentencepiece.bpe.model"), model_max_length=512)
-    tokenizer.save_pretrained(folder)
-    # the values of FacebookAI/xlm-roberta-base's config.json
+    AutoTokenizer.from_pretrained(ROOT / "assets" / "encoder-small").save_pretrained(folder)
+    # the values in FacebookAI/xlm-roberta-base's config.json
     config = XLMRobertaConfig(
         vocab_size=250002, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1
     )
@@ -54,7 +47,7 @@ def build_encoder(folder: Path) -> None:
 
 
 def measure(name: str, command: list[object], rows: list[tuple[str, str, str]], **kwargs: object) -> None:
-    """Runs a command and adds its name, seconds and peak memory (of its largest process) to the rows."""
+    """Run a command; append its name, seconds and peak memory (of its largest process) to `rows`."""
     start = time.perf_counter()
     process = subprocess.Popen([str(part) for part in command], **kwargs)
     _, status, usage = os.wait4(process.pid, 0)
@@ -65,7 +58,7 @@ def measure(name: str, command: list[object], rows: list[tuple[str, str, str]], 
 
 
 def main() -> None:
-    """Runs every step and prints the table."""
+    """Run every step and print the table."""
     rows: list[tuple[str, str, str]] = []
     with tempfile.TemporaryDirectory() as temporary:
         project, venv = Path(temporary) / "project", Path(temporary) / "venv"
@@ -74,7 +67,7 @@ def main() -> None:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             (project / name).parent.mkdir(parents=True, exist_ok=True)
             copy(ROOT / name, project / name)
-        # in a process of its own: a command's peak memory would count what this process has when it starts the command
+        # In another process: a command's peak memory includes that of this process when it starts the command.
         builder = multiprocessing.get_context("spawn").Process(target=build_encoder, args=(encoder,))
         builder.start()
         builder.join()

@@ -60,7 +60,7 @@ def annotate(source: Path, target: Path, column: str = "text", model: str = "it_
             for batch in minibatch(rows(source, column, separator), 256):
                 with nlp.memory_zone():  # the vocabulary forgets the batch's words after it
                     for doc, row in nlp.pipe(((row[column], row) for row in batch), as_tuples=True):
-                        found = [(e.text, e.label_, e.start_char, e.end_char, e._.score) for e in doc.ents]
+                        found = [(e.text, e.label_, e.start_char, e.end_char, e._.panx_score) for e in doc.ents]
                         row["entities"] = [dict(zip(ENTITY, values, strict=True)) for values in found]
                         if target.suffix == ".csv":
                             table.writerow({k: v if isinstance(v, str | None) else to_json(v) for k, v in row.items()})

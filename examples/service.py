@@ -27,7 +27,7 @@ def compute(jobs: list[list[str]]) -> list[list[list[dict]] | Exception]:
     try:
         with nlp.memory_zone():  # the vocabulary forgets the texts' words after it
             docs = nlp.pipe(chain(*jobs))
-            found = ([(e.text, e.label_, e.start_char, e.end_char, e._.score) for e in doc.ents] for doc in docs)
+            found = ([(e.text, e.label_, e.start_char, e.end_char, e._.panx_score) for e in doc.ents] for doc in docs)
             answers = ([dict(zip(ENTITY, values, strict=True)) for values in entities] for entities in found)
             return [list(islice(answers, len(texts))) for texts in jobs]
     except Exception as error:

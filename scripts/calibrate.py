@@ -1,4 +1,4 @@
-"""Finds the temperature at which `span._.score` says how often such an entity is right."""
+"""Find the temperature at which `span._.panx_score` says how often such an entity is right."""
 
 import shutil
 from collections.abc import Sequence
@@ -11,35 +11,32 @@ import typer
 from scipy.optimize import minimize_scalar
 from spacy.language import Language
 from spacy.training import Corpus, Example
+from spacy.util import minibatch
 from wasabi import msg
 
 from scripts.common import UserError, link_or_copy, one_sentence, replacing
-from scripts.evaluate import calibration_bins, expected_calibration_error
+from scripts.evaluate import calibration_bins, expected_calibration_error, scored_entities
 from scripts.pipeline import load_pipeline
+from scripts.train import annotate_until
 
 BOUNDS = (0.25, 8.0)
 
 
 def find_temperature(nlp: Language, examples: Sequence[Example]) -> tuple[float, float, float]:
-    """(temperature, calibration error without it, with it): the temperature gives the entities that the pipeline finds
-    in the gold tokens the least log loss (Guo et al. 2017). The pipe `ner` is left with it.
+    """Return (temperature, calibration error before, after) and leave the pipe `ner` with that temperature.
 
-    Raises UserError where the pipeline finds no entity.
+    The temperature minimizes the log loss of the entities found in the gold tokens (Guo et al. 2017). Raises UserError
+    if the pipeline finds no entity.
     """
     ner = nlp.get_pipe("ner")
-    batches = []
-    gold, docs = [example.reference for example in examples], [example.predicted for example in examples]
-    for start in range(0, len(docs), nlp.batch_size):
-        batch = docs[start : start + nlp.batch_size]
-        for name, pipe in nlp.pipeline:
-            if name == "ner":
-                break
-            batch = list(pipe.pipe(batch))
+    gold, docs, batches = [example.reference for example in examples], [], []
+    for batch in minibatch([example.predicted for example in examples], 64):
+        batch = annotate_until(nlp, batch, "ner")
         batches.append((batch, ner.predict(batch)))
+        docs += batch
         for doc in batch:
             if doc.has_extension("trf_data"):
                 doc._.trf_data = None
-    expected = [{(ent.start, ent.end, ent.label_) for ent in doc.ents} for doc in gold]
 
     def annotate(temperature: float) -> None:
         ner.cfg["temperature"] = temperature
@@ -50,9 +47,8 @@ def find_temperature(nlp: Language, examples: Sequence[Example]) -> tuple[float,
 
     def log_loss(temperature: float) -> float:
         annotate(temperature)
-        found = [(ent, known) for doc, known in zip(docs, expected, strict=True) for ent in doc.ents]
-        scores = numpy.clip([ent._.score for ent, _ in found], 1e-6, 1 - 1e-6)
-        right = numpy.array([(ent.start, ent.end, ent.label_) in known for ent, known in found])
+        scores, right = scored_entities(gold, docs)
+        scores = scores.clip(1e-6, 1 - 1e-6)
         return float(-numpy.where(right, numpy.log(scores), numpy.log(1 - scores)).mean())
 
     def error() -> float:
@@ -72,21 +68,22 @@ def find_temperature(nlp: Language, examples: Sequence[Example]) -> tuple[float,
 
 def main(
     model: Annotated[Path, typer.Argument(help="Trained pipeline", show_default=False)],
-    output: Annotated[Path, typer.Argument(help="Folder for the calibrated one", show_default=False)],
-    corpus: Annotated[Path, typer.Option(help="Validation sentences (.spacy)")],
+    output: Annotated[Path, typer.Argument(help="Folder for the calibrated pipeline", show_default=False)],
+    corpus: Annotated[list[Path], typer.Option(help="Validation texts (.spacy); a missing file is skipped")],
     gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")] = -1,
 ) -> None:
-    """Calibrate the probabilities of entities on the validation sentences."""
+    """Calibrate the probabilities of entities on the validation texts."""
     with one_sentence():
         nlp = load_pipeline(model, gpu_id)
-        temperature, before, after = find_temperature(nlp, list(Corpus(corpus, gold_preproc=True)(nlp)))
+        examples = [e for path in corpus if path.exists() for e in Corpus(path, gold_preproc=True)(nlp)]
+        temperature, before, after = find_temperature(nlp, examples)
         with replacing(output) as folder:
             shutil.copytree(model, folder, copy_function=link_or_copy)
-            # a link must not be written through: it is the other pipeline's own file
+            # not written through the link: it is the other pipeline's file
             (folder / "ner" / "cfg").unlink()
             srsly.write_json(folder / "ner" / "cfg", nlp.get_pipe("ner").cfg)
         msg.good(
-            f"{output}: temperature {temperature}; calibration error on the validation sentences {after * 100:.1f} "
+            f"{output}: temperature {temperature}; calibration error on the validation texts {after * 100:.1f} "
             f"points instead of {before * 100:.1f}"
         )
 

@@ -12,17 +12,17 @@ from pathlib import Path
 
 from wasabi import msg
 
-# what a disk or its permissions refuse
+# errors of a disk or its permissions
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 
 
 class UserError(Exception):
-    """Bad input or surroundings; the message says what, where, what was expected and what to do."""
+    """An error that a user can fix; the message says what, where, what was expected and what to do."""
 
 
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
-    """Turns a UserError, and an operating system's refusal, into one printed sentence and exit code 1."""
+    """Print a UserError or an OSError as one sentence and exit with code 1."""
     try:
         yield
     except UserError as error:
@@ -31,22 +31,22 @@ def one_sentence() -> Iterator[None]:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         reason, of_disk = error.strerror or error, error.errno in DISK
-        if isinstance(error, shutil.Error):  # all that copytree could not copy: (source, target, why) of each
+        if isinstance(error, shutil.Error):  # copytree's list of (source, target, reason)
             reason, of_disk = error.args[0][0][2], True
-        hint = "free the space or the path it names" if of_disk else "mend that"
+        hint = "free the space or the path it names" if of_disk else "fix that"
         msg.fail(f"{where}{reason}; {hint} and run the command again.")
         sys.exit(1)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` for a file or a folder; it replaces `path` only if the block succeeds.
+    """Yield a temporary path beside `path`, for a file or a folder that replaces `path` if the block succeeds.
 
-    Raises OSError as the file system does, naming `path` where it names no file. On any error the temporary is removed
-    and `path` stays as it was. What killed processes of this machine left beside `path` is removed first.
+    On an error the temporary is removed and `path` stays unchanged. Leftovers of killed processes of this machine are
+    removed first. Raises OSError, with `path` if the error names no file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = f".{path.name}.partial-{socket.gethostname()}-"  # several machines may write to a shared folder
+    beside = f".{path.name}.partial-{socket.gethostname()}-"  # the host's name, for folders that machines share
     temporary = path.with_name(f"{beside}{os.getpid()}")
     for left in path.parent.glob(f"{glob.escape(beside)}*"):
         if not _is_running(left.name.rpartition("-")[2]):
@@ -55,12 +55,12 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         if temporary.is_dir():
-            _remove(path)  # a folder can't be renamed onto one that has files in it
+            _remove(path)  # a folder cannot replace one that has files
         os.replace(temporary, path)
     except OSError as error:
-        # one without a number is not the file system's, and has a message of its own; but for copytree's
+        # an error without a number does not come from the file system, except copytree's
         if error.errno is not None or isinstance(error, shutil.Error):
-            error.filename = error.filename or str(path)  # a refused write does not say to which file
+            error.filename = error.filename or str(path)  # a failed write does not name the file
         raise
     finally:
         _remove(temporary)
@@ -84,7 +84,7 @@ def _remove(path: Path) -> None:
 
 
 def link_or_copy(source: str, target: str) -> None:
-    """A hard link where the file system has them, so that large files are not stored twice."""
+    """Make a hard link, or a copy where the file system has no links."""
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links

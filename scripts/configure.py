@@ -1,4 +1,4 @@
-"""Maps project.yml's hyperparameters onto configs/xlmr.cfg and writes the full config that `spacy train` runs."""
+"""Fill project.yml's hyperparameters into configs/xlmr.cfg and write the full config for `spacy train`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,11 +24,12 @@ def configure(
     batch_size: int,
     epochs: int,
     seed: int,
+    letter_case: float,
     gpu_id: int,
 ) -> Config:
-    """The full training config for that many training sentences; every default is spelled out in it.
+    """Return the training config for a number of training sentences, with every default filled in.
 
-    Raises UserError for a hyperparameter that no training can have.
+    Raises UserError for a hyperparameter out of range.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("epochs", epochs, 1), ("seed", seed, 0)):
         if value < least:
@@ -36,6 +37,8 @@ def configure(
     for name, value in (("learning_rate", learning_rate), ("head_learning_rate_scale", head_learning_rate_scale)):
         if not 0 < value < float("inf"):
             raise UserError(f"{name} is {value}, expected a number above 0; set --vars.{name}.")
+    if not 0 <= letter_case <= 1:
+        raise UserError(f"letter_case is {letter_case}, expected a share from 0 to 1; set --vars.letter_case.")
     steps_per_epoch = -(-sentences // batch_size)
     config = load_config(template, interpolate=False)
     config["nlp"]["lang"] = lang
@@ -44,8 +47,12 @@ def configure(
     config["training"]["max_steps"] = steps_per_epoch * epochs
     config["training"]["eval_frequency"] = steps_per_epoch
     config["training"]["batcher"]["size"] = batch_size
+    config["training"]["logger"]["steps_per_epoch"] = steps_per_epoch
     config["training"]["optimizer"]["learn_rate"]["initial_rate"] = learning_rate
+    # a number: spaCy resolves the optimizer alone, without interpolation, in debug data and resume_training()
+    config["training"]["optimizer"]["learn_rate"]["total_steps"] = steps_per_epoch * epochs
     config["training"]["optimizer"]["head_learning_rate_scale"] = head_learning_rate_scale
+    config["corpora"]["train"]["augmenter"]["share"] = letter_case
     if gpu_id >= 0:
         config["system"]["gpu_allocator"] = "pytorch"
         config["components"]["transformer"]["model"]["mixed_precision"] = True
@@ -53,21 +60,22 @@ def configure(
 
 
 def count_docs(path: Path) -> int:
-    """The number of Docs in a .spacy file. Raises UserError where it is none."""
+    """Return the number of Docs in a .spacy file. Raises UserError for another file."""
     try:
         return len(DocBin().from_disk(path))
-    except Exception as error:  # a DocBin is zlib over msgpack: what breaks decides which error it is
+    except Exception as error:  # zlib's, msgpack's or spaCy's
         raise UserError(f"{path}: not a readable DocBin ({error}); run `spacy project run convert` again.") from None
 
 
 def main(
     template: Annotated[Path, typer.Argument(help="Config with the pipeline and the training", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Where the full config goes", show_default=False)],
-    learning_rate: Annotated[float, typer.Option(help="The encoder's first learning rate")],
-    head_learning_rate_scale: Annotated[float, typer.Option(help="The head's rate is that many times it")],
-    batch_size: Annotated[int, typer.Option(help="Sentences a batch")],
+    learning_rate: Annotated[float, typer.Option(help="The encoder's initial learning rate")],
+    head_learning_rate_scale: Annotated[float, typer.Option(help="Multiple of it for the head")],
+    batch_size: Annotated[int, typer.Option(help="Sentences per batch")],
     epochs: Annotated[int, typer.Option(help="Passes over the training sentences")],
-    seed: Annotated[int, typer.Option(help="Seed of every random number")],
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers")],
+    letter_case: Annotated[float, typer.Option(help="Share of training texts whose letter case changes")],
     lang: Annotated[str, typer.Option(help="spaCy's code of the language")],
     gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")],
     train: Annotated[Path, typer.Option(help="Training sentences, counted for the number of steps")] = Path(
@@ -87,6 +95,7 @@ def main(
             batch_size=batch_size,
             epochs=epochs,
             seed=seed,
+            letter_case=letter_case,
             gpu_id=gpu_id,
         )
         with replacing(output) as path:

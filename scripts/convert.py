@@ -1,7 +1,14 @@
-"""Converts PAN-X's splits from TSV to spaCy's DocBin, and writes what is in them to stats.json."""
+"""Convert PAN-X's splits and the running corpus to DocBin, and count what is in them.
 
+From a TSV line to the gradient: `read_tsv` reads words and tags; `repair` makes them valid; `guess_spaces` puts spaces
+between words; `make_training_doc` cuts training words where a tokenizer cuts a text; DocBin stores tokens and entities;
+`spacy train` reads them as gold tokens; the pipe `ner` computes the loss (scripts/pipeline/token_ner.py).
+"""
+
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +16,7 @@ import numpy
 import spacy
 import srsly
 import typer
+from spacy.language import Language
 from spacy.tokens import Doc, DocBin
 from spacy.vocab import Vocab
 from tqdm import tqdm
@@ -17,14 +25,16 @@ from wasabi import msg
 
 from scripts.common import UserError, one_sentence, replacing
 from scripts.panx import SPLITS, Sentence, guess_spaces, read_tsv, split_path, subset
+from scripts.running import LANG, load, make_docs
 
 FILE_NAMES = {"train": "train.spacy", "validation": "dev.spacy", "test": "test.spacy"}
+RUNNING_NAMES = {"validation": "running-dev.spacy", "test": "running-test.spacy"}
 
 
 def repair(sentence: Sentence) -> tuple[Sentence, Counter[str]]:
-    """Drops blank tokens and turns each I- tag that continues no entity of its label into a B-.
+    """Drop blank tokens and turn each I- tag that continues no entity of its label into a B-.
 
-    Returns the sentence, which may be left without a token, and how many repairs of each kind were made.
+    Returns the sentence, which may have no token left, and the number of repairs of each kind.
     """
     repairs: Counter[str] = Counter()
     words, tags = [], []
@@ -41,12 +51,59 @@ def repair(sentence: Sentence) -> tuple[Sentence, Counter[str]]:
 
 
 def make_doc(vocab: Vocab, sentence: Sentence) -> Doc:
-    """The sentence as a Doc: PAN-X's tokens as they are, spaces as a person would write them, entities annotated."""
+    """Return the sentence as a Doc with PAN-X's tokens, spaces as a person would write them, and its entities."""
     return Doc(vocab, words=sentence.words, spaces=guess_spaces(sentence.words), ents=sentence.tags)
 
 
-def convert_split(sentences: Iterable[Sentence], vocab: Vocab, name: str) -> tuple[list[Doc], Counter[str]]:
-    """The sentences as Docs, repaired; those that have no token left are dropped and counted among the repairs.
+def make_training_doc(nlp: Language, sentence: Sentence) -> Doc:
+    """Return the Doc of a training sentence, its words cut where the tokenizer cuts a text.
+
+    Opening quotes are cut off (`''Strada`): PAN-X glues them to the first word of non-entities only, a cue that real
+    text lacks. Elided words are cut off (`dell'Italia`), so that the name has a vector.
+    """
+    words, spaces, tags = [], [], []
+    for word, space, tag in zip(sentence.words, guess_spaces(sentence.words), sentence.tags, strict=True):
+        quotes = re.match(r"('{2,}(?=[^']))?", word).group()
+        parts = cut_elisions(nlp, word.removeprefix(quotes))
+        words += [quotes, *parts] if quotes else parts
+        spaces += [False] * (len(parts) - 1 + bool(quotes)) + [space]
+        if quotes:
+            tags.append(tag if tag[0] == "I" else "O")
+        tags += part_tags(parts, tag)
+    return Doc(nlp.vocab, words=words, spaces=spaces, ents=tags)
+
+
+def cut_elisions(nlp: Language, word: str) -> list[str]:
+    """Cut a word after each elision at which the tokenizer cuts: `dell'Italia` into `dell'` and `Italia`."""
+    if not re.search(r"\w['’]\w", word):
+        return [word]
+    parts = [""]
+    for token in nlp.tokenizer(word):
+        elided = re.search(r"\w['’]$", parts[-1]) and token.text[0].isalnum()
+        if elided:
+            parts.append("")
+        parts[-1] += token.text
+    return parts
+
+
+def part_tags(parts: Sequence[str], tag: str) -> list[str | None]:
+    """Return the tags of a word's parts; None where PAN-X does not tell.
+
+    After an elided word in lower case the name begins (`dell'` O, `Italia` B-LOC). A capital one belongs to the name
+    (`L'` B-LOC, `Aquila` I-LOC). PAN-X calls `dell'Italia` O for the whole word: a capital part of it is unknown.
+    """
+    inside = "I" + tag[1:]
+    if tag == "O":
+        return ["O", *(None if part[0].isupper() else "O" for part in parts[1:])]
+    if tag[0] == "B" and len(parts) > 1 and parts[0][0].islower():
+        return ["O", tag, *[inside] * (len(parts) - 2)]
+    return [tag, *[inside] * (len(parts) - 1)]
+
+
+def convert_split(
+    sentences: Iterable[Sentence], name: str, to_doc: Callable[[Sentence], Doc]
+) -> tuple[list[Doc], Counter[str]]:
+    """Return the repaired sentences as Docs and the number of repairs of each kind; drop sentences without a token.
 
     Raises UserError where no sentence is left of the split called `name`.
     """
@@ -55,7 +112,7 @@ def convert_split(sentences: Iterable[Sentence], vocab: Vocab, name: str) -> tup
         whole, made = repair(sentence)
         repairs.update(made)
         if whole.words:
-            docs.append(make_doc(vocab, whole))
+            docs.append(to_doc(whole))
         else:
             repairs["sentence without tokens dropped"] += 1
     if not docs:
@@ -64,14 +121,14 @@ def convert_split(sentences: Iterable[Sentence], vocab: Vocab, name: str) -> tup
 
 
 def length_distribution(lengths: Sequence[int]) -> dict[str, float]:
-    """Smallest, median, mean, 95th and 99th percentile, and largest of the lengths."""
+    """Return minimum, median, mean, 95th and 99th percentile, and maximum."""
     median, p95, p99 = (float(x) for x in numpy.percentile(lengths, [50, 95, 99]))
     mean = round(float(numpy.mean(lengths)), 2)
     return {"min": min(lengths), "median": median, "mean": mean, "p95": p95, "p99": p99, "max": max(lengths)}
 
 
 def split_stats(docs: Sequence[Doc], repairs: Counter[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What is in a split: counts, lengths in tokens and in the encoder's wordpieces without special tokens, repairs."""
+    """Count sentences, tokens, entities, lengths (in tokens and wordpieces), duplicates and repairs."""
     wordpieces = tokenizer([doc.text for doc in docs], add_special_tokens=False, verbose=False)["input_ids"]
     return {
         "sentences": len(docs),
@@ -79,45 +136,66 @@ def split_stats(docs: Sequence[Doc], repairs: Counter[str], tokenizer: PreTraine
         "entities": dict(sorted(Counter(ent.label_ for doc in docs for ent in doc.ents).items())),
         "length_in_tokens": length_distribution([len(doc) for doc in docs]),
         "length_in_wordpieces": length_distribution([len(ids) for ids in wordpieces]),
-        "duplicate_sentences": len(docs) - len({_words(doc) for doc in docs}),
+        "duplicate_sentences": len(docs) - len({doc.text for doc in docs}),
         "repairs": dict(sorted(repairs.items())),
     }
 
 
 def shared_sentences(splits: dict[str, Sequence[Doc]]) -> dict[str, int]:
-    """For each pair of splits, how many sentences of the later one have the same words as one of the earlier one."""
+    """Count, for each pair of splits, the sentences of the later one whose words are also in the earlier one."""
     names = list(splits)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    known = {name: {_words(doc) for doc in docs} for name, docs in splits.items()}
-    return {f"{b} also in {a}": sum(_words(doc) in known[a] for doc in splits[b]) for a, b in pairs}
-
-
-def _words(doc: Doc) -> tuple[str, ...]:
-    return tuple(token.text for token in doc)
+    known = {name: {doc.text for doc in docs} for name, docs in splits.items()}
+    return {f"{b} also in {a}": sum(doc.text in known[a] for doc in splits[b]) for a, b in pairs}
 
 
 def convert(
-    data: Path, output: Path, lang: str, encoder: Path, sizes: dict[str, int], extra_train: Path | None = None
+    data: Path,
+    output: Path,
+    lang: str,
+    encoder: Path,
+    sizes: dict[str, int],
+    *,
+    extra_train: Path | None = None,
+    extra_train_size: int = 0,
+    running: Path | None = None,
+    running_times: int = 0,
 ) -> dict[str, Any]:
-    """Writes {train,dev,test}.spacy and stats.json into `output` and returns the stats.
+    """Write train.spacy, dev.spacy, test.spacy and stats.json into `output`; return the stats.
 
-    sizes: how many sentences of each split, picked as the model card picked them, 0 for all. extra_train: a folder of
-    TSV files, of each of which as many sentences are added to the training split. Nothing is written unless all splits
-    can be. Raises UserError for what panx.read_tsv and panx.subset refuse.
+    sizes: sentences per split, selected as the model card selected them, 0 for all. extra_train: a folder of TSV files;
+    up to `extra_train_size` sentences of each (0: as many as for training) are added to the training split. running:
+    the folder of the running corpus; its training part is added `running_times` times, its other parts go to
+    running-dev.spacy and running-test.spacy.
+    Nothing is written unless everything can be. Raises UserError for what read_tsv, subset and running.load refuse.
     """
-    vocab = spacy.blank(lang).vocab
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    nlp = spacy.blank(lang, config={"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v2"}}})
+    wordpieces = AutoTokenizer.from_pretrained(encoder)
     splits, stats = {}, {}
     for split in SPLITS:
         path = split_path(data, split, lang)
         sentences = subset(read_tsv(path), sizes[split], f"{path} ({split})")
-        for extra in sorted(extra_train.glob("*.tsv")) if extra_train and split == "train" else []:
-            sentences += subset(read_tsv(extra), sizes[split], str(extra))
-        splits[split], repairs = convert_split(sentences, vocab, f"{path} ({split})")
-        stats[split] = split_stats(splits[split], repairs, tokenizer)
+        if split == "train":
+            for extra in sorted(extra_train.glob("*.tsv")) if extra_train else []:
+                more = read_tsv(extra)
+                sentences += subset(more, min(extra_train_size or sizes["train"], len(more)), str(extra))
+            to_doc = partial(make_training_doc, nlp)
+        else:
+            to_doc = partial(make_doc, nlp.vocab)
+        splits[split], repairs = convert_split(sentences, f"{path} ({split})", to_doc)
+        stats[split] = split_stats(splits[split], repairs, wordpieces)
     stats["shared"] = shared_sentences(splits)
-    for split, docs in splits.items():
-        with replacing(output / FILE_NAMES[split]) as path:
+    files = {FILE_NAMES[split]: docs for split, docs in splits.items()}
+    if running:
+        parts = {split: make_docs(nlp, documents) for split, documents in load(running).items()}
+        stats["running"] = {split: split_stats(docs, Counter(), wordpieces) for split, docs in parts.items()}
+        stats["running"]["times"] = running_times
+        files[FILE_NAMES["train"]] = splits["train"] + parts["train"] * running_times
+        files |= {name: parts[split] for split, name in RUNNING_NAMES.items()}
+    for name in {*FILE_NAMES.values(), *RUNNING_NAMES.values()} - set(files):
+        (output / name).unlink(missing_ok=True)
+    for name, docs in files.items():
+        with replacing(output / name) as path:
             path.write_bytes(DocBin(attrs=["ENT_IOB", "ENT_TYPE", "SPACY"], docs=docs).to_bytes())
     with replacing(output / "stats.json") as path:
         srsly.write_json(path, stats)
@@ -135,17 +213,34 @@ def main(
     dev_size: Annotated[int, typer.Option(help="Validation sentences, 0 for all")] = 0,
     test_size: Annotated[int, typer.Option(help="Test sentences, 0 for all")] = 0,
     extra_train: Annotated[Path | None, typer.Option(help="Folder of further training sentences as TSV")] = None,
+    extra_train_size: Annotated[int, typer.Option(help="Sentences of each, 0 for as many as train_size", min=0)] = 0,
+    running: Annotated[Path | None, typer.Option(help="Folder of the running corpus, used for Italian")] = None,
+    running_times: Annotated[int, typer.Option(help="How often its training part is taken", min=0)] = 0,
 ) -> None:
-    """Convert PAN-X's splits to DocBin, repaired where they must be, and count what is in them."""
+    """Convert PAN-X and the running corpus to DocBin, and count what is in them."""
     with one_sentence():
         sizes = {"train": train_size, "validation": dev_size, "test": test_size}
-        stats = convert(data, output, lang, encoder, sizes, extra_train)
+        running = running if lang == LANG else None
+        stats = convert(
+            data,
+            output,
+            lang,
+            encoder,
+            sizes,
+            extra_train=extra_train,
+            extra_train_size=extra_train_size,
+            running=running,
+            running_times=running_times,
+        )
         for split in SPLITS:
             row = stats[split]
             entities = ", ".join(f"{count} {label}" for label, count in row["entities"].items())
             repairs = ", ".join(f"{count} × {kind}" for kind, count in row["repairs"].items()) or "none"
             path = output / FILE_NAMES[split]
             msg.good(f"{path}: {row['sentences']} sentences, {row['tokens']} tokens, {entities}; repairs: {repairs}")
+        if running and running_times:
+            count = stats["running"]["train"]["sentences"]
+            msg.good(f"Running corpus: {count} training texts, each taken {running_times} times")
 
 
 if __name__ == "__main__":

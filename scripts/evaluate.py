@@ -1,7 +1,7 @@
-"""What `spacy evaluate` does not measure: F1 from raw text, and seqeval's score of the same predictions."""
+"""Measure what `spacy evaluate` does not: entities found in raw text, seqeval's score, and how far to trust scores."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,32 +19,128 @@ from wasabi import msg
 from scripts.common import one_sentence, replacing
 from scripts.pipeline import load_pipeline
 
+Entity = tuple[int, int, str]  # first character, character after the last, label
+THRESHOLDS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
-def score_raw_text(nlp: Language, gold: Sequence[Doc]) -> dict[str, Any]:
-    """Precision, recall and F1 of entities found in each gold Doc's text by the whole pipeline, tokenizer included.
 
-    Strict: an entity counts only with the gold entity's label and exactly its first and last character. The keys are
-    those of `spacy evaluate`; all values are fractions.
+def entities_of(doc: Doc) -> set[Entity]:
+    """Return the entities of a Doc by characters."""
+    return {(ent.start_char, ent.end_char, ent.label_) for ent in doc.ents}
+
+
+def score_entities(gold: Sequence[set[Entity]], found: Sequence[set[Entity]]) -> dict[str, Any]:
+    """Return strict precision, recall and F1 over all texts and per label, as fractions, with `spacy evaluate`'s keys.
+
+    An entity is right if its label and its first and last character are.
     """
-    total, per_type = PRFScore(), {}
-    for reference, doc in zip(gold, nlp.pipe(doc.text for doc in gold), strict=True):
-        expected, found = ({(ent.label_, ent.start_char, ent.end_char) for ent in d.ents} for d in (reference, doc))
-        total.score_set(found, expected)
-        for label in {label for label, _, _ in expected | found}:
-            score = per_type.setdefault(label, PRFScore())
-            score.score_set({x for x in found if x[0] == label}, {x for x in expected if x[0] == label})
+    labels = sorted({label for entities in (*gold, *found) for _, _, label in entities})
+    scores = {label: PRFScore() for label in (None, *labels)}
+    for expected, predicted in zip(gold, found, strict=True):
+        for label, score in scores.items():
+            of_label = [{e for e in entities if label in (None, e[2])} for entities in (predicted, expected)]
+            score.score_set(*of_label)
+    total = scores.pop(None)
     return {
         "ents_p": total.precision,
         "ents_r": total.recall,
         "ents_f": total.fscore,
-        "ents_per_type": {label: score.to_dict() for label, score in sorted(per_type.items())},
+        "ents_per_type": {label: score.to_dict() for label, score in scores.items()},
     }
 
 
-def score_seqeval(gold: Sequence[Doc], predicted: Sequence[Doc]) -> dict[str, Any]:
-    """seqeval's micro-averaged score of IOB2 tags in strict mode (Nakayama 2018), keys as `spacy evaluate` has them.
+def score_overlaps(gold: Sequence[set[Entity]], found: Sequence[set[Entity]]) -> dict[str, float]:
+    """Return precision, recall and F1 where a shared character and the same label are enough."""
+    pairs = list(zip(gold, found, strict=True))
+    precision = _share(_touches(e, expected) for expected, predicted in pairs for e in predicted)
+    recall = _share(_touches(e, predicted) for expected, predicted in pairs for e in expected)
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return {"ents_p": precision, "ents_r": recall, "ents_f": f1}
 
-    Both sequences hold the same tokens. It is the reference that `ents_f` is checked against.
+
+def _touches(entity: Entity, others: Iterable[Entity]) -> bool:
+    start, end, label = entity
+    return any(start < b and a < end and label == other for a, b, other in others)
+
+
+def _share(hits: Iterable[bool]) -> float:
+    values = list(hits)
+    return sum(values) / len(values) if values else 0.0
+
+
+def glued_tokens(doc: Doc) -> list[tuple[int, int]]:
+    """Return the characters of PAN-X's tokens like `dell'Italia` that are outside entities: the name may be one."""
+    return [
+        (token.idx, token.idx + len(token))
+        for token in doc
+        if not token.ent_type_
+        and any(c in "'’" and token.text[i + 1 : i + 2].isupper() for i, c in enumerate(token.text))
+    ]
+
+
+def score_raw_text(nlp: Language, gold: Sequence[Doc]) -> dict[str, Any]:
+    """Score the entities found in each gold Doc's text by the whole pipeline, tokenizer included.
+
+    Returns what `score_entities` returns and, under `without_glued`, the same without entities found inside glued
+    tokens that PAN-X leaves out.
+    """
+    expected = [entities_of(doc) for doc in gold]
+    found = [entities_of(doc) for doc in nlp.pipe(doc.text for doc in gold)]
+    judged = [
+        {e for e in entities if not any(a <= e[0] and e[1] <= b for a, b in glued_tokens(doc))}
+        for doc, entities in zip(gold, found, strict=True)
+    ]
+    return score_entities(expected, found) | {"without_glued": score_entities(expected, judged)}
+
+
+def score_running_text(nlp: Language, gold: Sequence[Doc]) -> dict[str, Any]:
+    """Score a pipeline on text that is not PAN-X's: `score_entities`, and what else a reader of its output asks.
+
+    `overlap`: see score_overlaps. `after_elision`, `elsewhere`: exact recall of names after an elided word and of all
+    others. `false_per_1000`: entities found per 1,000 tokens in texts without any. `calibration_error`: see
+    expected_calibration_error. `coverage`: (threshold, precision, share of the gold entities found) by `panx_score`.
+    """
+    expected = [entities_of(doc) for doc in gold]
+    docs = list(nlp.pipe(doc.text for doc in gold))
+    found = [entities_of(doc) for doc in docs]
+    recalls: dict[bool, list[bool]] = {True: [], False: []}
+    for doc, entities, predicted in zip(gold, expected, found, strict=True):
+        for entity in entities:
+            recalls[doc.text[: entity[0]].endswith(("'", "’"))].append(entity in predicted)
+    empty = [(doc, predicted) for doc, predicted in zip(gold, found, strict=True) if not doc.ents]
+    tokens = sum(len(doc) for doc, _ in empty)
+    return score_entities(expected, found) | {
+        "overlap": score_overlaps(expected, found),
+        "after_elision": _share(recalls[True]),
+        "elsewhere": _share(recalls[False]),
+        "false_per_1000": 1000 * sum(len(predicted) for _, predicted in empty) / tokens if tokens else 0.0,
+        "calibration_error": expected_calibration_error(calibration_bins(gold, docs)),
+        "coverage": coverage(gold, docs),
+    }
+
+
+def scored_entities(gold: Sequence[Doc], predicted: Sequence[Doc]) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Return `panx_score` of each predicted entity, and whether it is right, by characters and label."""
+    pairs = [
+        (ent._.panx_score, (ent.start_char, ent.end_char, ent.label_) in expected)
+        for expected, doc in zip(map(entities_of, gold), predicted, strict=True)
+        for ent in doc.ents
+    ]
+    scores, right = zip(*pairs, strict=True) if pairs else ((), ())
+    return numpy.array(scores, dtype="float64"), numpy.array(right, dtype=bool)
+
+
+def coverage(gold: Sequence[Doc], predicted: Sequence[Doc]) -> list[tuple[float, float, float]]:
+    """Return (threshold, precision, recall) of the entities whose `panx_score` is at least the threshold."""
+    scores, right = scored_entities(gold, predicted)
+    total = max(sum(len(doc.ents) for doc in gold), 1)
+    kept = [(threshold, right[scores >= threshold]) for threshold in THRESHOLDS]
+    return [(t, float(some.mean()) if len(some) else 1.0, float(some.sum() / total)) for t, some in kept]
+
+
+def score_seqeval(gold: Sequence[Doc], predicted: Sequence[Doc]) -> dict[str, Any]:
+    """Return seqeval's micro-averaged strict IOB2 score (Nakayama 2018), the reference for `spacy evaluate`.
+
+    Both sequences have the same tokens.
     """
     tags = [[_iob2(doc) for doc in docs] for docs in (gold, predicted)]
     precision, recall, f1, _ = precision_recall_fscore_support(*tags, average="micro", scheme=IOB2, zero_division=0)
@@ -52,34 +148,24 @@ def score_seqeval(gold: Sequence[Doc], predicted: Sequence[Doc]) -> dict[str, An
 
 
 def calibration_bins(gold: Sequence[Doc], predicted: Sequence[Doc], bins: int = 10) -> list[tuple[int, float, float]]:
-    """(how many, mean probability, share that is right) of the predicted entities in each bin of equal width of
-    `span._.score` that has any. Right are those with a gold entity's label and exactly its first and last character.
-    """
-    scores, right = [], []
-    for reference, doc in zip(gold, predicted, strict=True):
-        expected = {(ent.label_, ent.start_char, ent.end_char) for ent in reference.ents}
-        scores += [ent._.score for ent in doc.ents]
-        right += [(ent.label_, ent.start_char, ent.end_char) in expected for ent in doc.ents]
-    number = numpy.minimum((numpy.array(scores) * bins).astype("int64"), bins - 1)
-    rows = []
-    for i in range(bins):
-        inside = number == i
-        if inside.any():
-            mean, share = numpy.array(scores)[inside].mean(), numpy.array(right)[inside].mean()
-            rows.append((int(inside.sum()), float(mean), float(share)))
-    return rows
+    """Return (count, mean probability, share right) for each bin of `panx_score`, of equal width, that is not empty."""
+    scores, right = scored_entities(gold, predicted)
+    number = numpy.minimum((scores * bins).astype("int64"), bins - 1)
+    inside = [number == i for i in range(bins)]
+    return [(int(i.sum()), float(scores[i].mean()), float(right[i].mean())) for i in inside if i.any()]
 
 
 def expected_calibration_error(bins: Sequence[tuple[int, float, float]]) -> float:
-    """The mean over all entities of how far their bin's share of right ones is from its mean probability (Guo et al.
-    2017), as a fraction; 0 where there is no entity.
+    """Return the entities' mean distance between their bin's mean probability and its share right (Guo et al. 2017).
+
+    It is a fraction, and 0 without entities.
     """
     total = sum(count for count, _, _ in bins)
     return sum(count * abs(mean - share) for count, mean, share in bins) / total if total else 0.0
 
 
 def weights_digest(model: Path) -> str:
-    """SHA-256 of a pipeline's weights, by which its figures are known to be its own."""
+    """Return the SHA-256 of a pipeline's weights, which ties its figures to it."""
     sha256 = hashlib.sha256()
     for path in sorted(model.glob("*/model")):
         with path.open("rb") as file:
@@ -95,28 +181,35 @@ def main(
     model: Annotated[
         str, typer.Argument(help="Trained pipeline: a folder or an installed package", show_default=False)
     ],
-    corpus: Annotated[Path, typer.Argument(help="Gold sentences (.spacy)", show_default=False)],
-    raw_text: Annotated[Path, typer.Option(help="Where the score from raw text goes")] = Path("metrics/raw_text.json"),
-    seqeval: Annotated[Path, typer.Option(help="Where seqeval's score goes")] = Path("metrics/seqeval.json"),
+    corpus: Annotated[Path, typer.Argument(help="PAN-X's gold sentences (.spacy)", show_default=False)],
+    running: Annotated[Path | None, typer.Option(help="Gold running text (.spacy), skipped if missing")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for raw_text.json, seqeval.json and running.json")] = Path(
+        "metrics"
+    ),
     gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")] = -1,
 ) -> None:
-    """Score a pipeline from raw text, by characters, and by seqeval on the gold tokens."""
+    """Score a pipeline from raw text, by seqeval on the gold tokens, and on running text."""
     with one_sentence():
         nlp = load_pipeline(model, gpu_id)
         examples = list(Corpus(corpus, gold_preproc=True)(nlp))
         gold = [example.reference for example in examples]
         predicted = list(nlp.pipe(example.predicted for example in examples))
-        scores = {raw_text: score_raw_text(nlp, gold), seqeval: score_seqeval(gold, predicted)}
-        scores[raw_text]["ents_calibration_error"] = expected_calibration_error(calibration_bins(gold, predicted))
+        scores = {"raw_text": score_raw_text(nlp, gold), "seqeval": score_seqeval(gold, predicted)}
+        scores["raw_text"]["ents_calibration_error"] = expected_calibration_error(calibration_bins(gold, predicted))
         if Path(model).exists():
-            scores[raw_text]["weights"] = weights_digest(Path(model))
-        for path, score in scores.items():
-            with replacing(path) as temporary:
-                srsly.write_json(temporary, score)
-        for name, path in (("raw text, by characters", raw_text), ("gold tokens, seqeval", seqeval)):
-            row = scores[path]
-            figures = " ".join(f"{key[-1].upper()} {row[key] * 100:.2f}" for key in ("ents_p", "ents_r", "ents_f"))
-            msg.good(f"{name}: {figures} → {path}")
+            scores["raw_text"]["weights"] = weights_digest(Path(model))
+        if running and running.exists():
+            texts = [example.reference for example in Corpus(running, gold_preproc=True)(nlp)]
+            scores["running"] = score_running_text(nlp, texts)
+        else:
+            (output / "running.json").unlink(missing_ok=True)
+        for name, score in scores.items():
+            with replacing(output / f"{name}.json") as path:
+                srsly.write_json(path, score)
+        titles = {"raw_text": "raw text, by characters", "seqeval": "gold tokens, seqeval", "running": "running text"}
+        for name, score in scores.items():
+            figures = " ".join(f"{key[-1].upper()} {score[key] * 100:.2f}" for key in ("ents_p", "ents_r", "ents_f"))
+            msg.good(f"{titles[name]}: {figures} → {output / name}.json")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Makes of a trained pipeline what `spacy package` packs: a full meta.json, a config that needs no file of ours."""
+"""Prepare a trained pipeline for `spacy package`: meta.json, a config without project files, model card, licences."""
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,24 +14,36 @@ from spacy.util import load_config
 from thinc.api import Config
 from wasabi import msg
 
-from scripts.clean import package_folder, remove
 from scripts.common import UserError, link_or_copy, one_sentence, replacing
 from scripts.evaluate import weights_digest
 
 LABELS = {"PER": "people", "ORG": "organisations", "LOC": "places"}
+# the parts of a wheel's name, which is also the name of a folder that `package` removes
+NAMES = {
+    "lang": (r"[a-z]{2,3}", "a code of two or three letters"),
+    "name": (r"[a-z][a-z0-9_]*", "lower-case letters, digits and _, a letter first"),
+    "version": (r"[0-9]+(\.[0-9]+)*((a|b|rc|\.post|\.dev)[0-9]+)*", "a version such as 1.0.0"),
+}
 TRAINING_SECTIONS = ("paths", "system", "corpora", "training", "initialize")
 
 
-def inference_config(config: Config, encoder: str) -> Config:
-    """The pipeline's config with spaCy's defaults in place of the training that made it.
+def check_names(**names: str) -> None:
+    """Raise UserError for a part of the package's name that is not valid in a wheel's name."""
+    for key, value in names.items():
+        pattern, expected = NAMES[key]
+        if not re.fullmatch(pattern, value):
+            raise UserError(f"{key} is {value!r}, expected {expected}; set --vars.{key}.")
 
-    The training names functions and files of this project that an installed package does not have, so that
-    `nlp.resume_training()` would fail. encoder: what the transformer is called in place of the folder it came from.
+
+def inference_config(config: Config, encoder: str) -> Config:
+    """Return the pipeline's config with spaCy's defaults for training.
+
+    The project's training names functions and files that an installed package does not have, so that
+    `nlp.resume_training()` would fail. encoder: the transformer's name, which replaces a local folder.
     """
     config = config.copy()
     transformer = config["components"]["transformer"]["model"]
     transformer["name"] = encoder
-    # autocast is for CUDA only and warns on a CPU, where most installations run
     transformer["mixed_precision"] = False
     defaults = spacy.blank(config["nlp"]["lang"]).config
     for section in TRAINING_SECTIONS:
@@ -47,21 +60,23 @@ def make_meta(
     provenance: dict[str, Any],
     test: dict[str, Any],
     raw_text: dict[str, Any],
+    running: bool = False,
 ) -> dict[str, Any]:
-    """meta.json's fields: the template's, the package's name, its sources, and its figures on the test sentences.
+    """Return meta.json: the template's fields, the package's name, its sources and its figures on the test sentences.
 
-    template: configs/meta.json, whose `sources` say what is known of a source. provenance: assets/provenance.json.
-    test: what `spacy evaluate --gold-preproc` wrote. raw_text: what scripts/evaluate.py wrote. Raises UserError for the
-    figures of a pipeline that finds nothing.
+    template: configs/meta.json, whose `sources` describe known sources. provenance: assets/provenance.json. test:
+    metrics/test.json. raw_text: metrics/raw_text.json. running: whether the running corpus was trained on. Raises
+    UserError for the figures of a pipeline that finds nothing.
     """
     if not test.get("ents_f") or not test.get("ents_per_type"):
         raise UserError(
-            f"metrics/test.json: ents_f is {test.get('ents_f')}, so the pipeline finds no entity that is right; train "
+            f"metrics/test.json: ents_f is {test.get('ents_f')}, the pipeline finds no entity that is right; train "
             "on more sentences or for longer (--vars.train_size, --vars.epochs) before packaging it."
         )
     performance = {key: test[key] for key in ("ents_f", "ents_p", "ents_r", "ents_per_type")}
     performance |= {f"raw_text_{key}": raw_text[key] for key in ("ents_f", "ents_p", "ents_r")}
-    records = [provenance["data"], *provenance["extra_train"], provenance["encoder"]]
+    further = [{"source": "running", "commit": None}] if running else []
+    records = [provenance["data"], *provenance["extra_train"], *further, provenance["encoder"]]
     sources = [_source(record, template["sources"]) for record in records]
     own = {"lang": lang, "name": name, "version": version, "sources": sources, "performance": performance}
     return template | own
@@ -75,47 +90,27 @@ def _source(record: dict[str, Any], known: dict[str, dict[str, str]]) -> dict[st
 
 
 def hyperparameters(config: Config) -> list[tuple[str, object]]:
-    """Names and values of what decided the training, from the config that it ran with."""
+    """Return names and values of the training's settings."""
     training = config["training"]
     optimizer = training["optimizer"]
     epochs = training["max_steps"] / training["eval_frequency"]
     adam = ", ".join(f"{optimizer[key]:g}" for key in ("beta1", "beta2", "eps"))
     return [
-        ("learning rate, falling in a line to 0", f"{optimizer['learn_rate']['initial_rate']:g}"),
-        ("rate of the head, times that", f"{optimizer['head_learning_rate_scale']:g}"),
+        ("learning rate, linear to 0", f"{optimizer['learn_rate']['initial_rate']:g}"),
+        ("multiple of it for the head", f"{optimizer['head_learning_rate_scale']:g}"),
         ("batch size", training["batcher"]["size"]),
         ("epochs", f"{epochs:g}"),
         ("steps", training["max_steps"]),
         ("optimizer", f"AdamW ({adam}), weight decay {optimizer['weight_decay']:g}"),
-        ("largest norm of a parameter's gradient", f"{optimizer['grad_clip']:g}"),
+        ("clipping norm of a parameter's gradient", f"{optimizer['grad_clip']:g}"),
         ("dropout in the head", f"{training['dropout']:g}"),
+        ("texts with another letter case", f"{config['corpora']['train']['augmenter']['share']:g}"),
         ("seed", training["seed"]),
     ]
 
 
-def whole_training(path: Path, config: Config) -> list[dict[str, Any]]:
-    """The rows of metrics/training.jsonl, of the training that the interpolated config describes.
-
-    Raises UserError where they end before that training does: another one was stopped since.
-    """
-    steps = config["training"]["max_steps"]
-    try:
-        rows = list(srsly.read_jsonl(path))
-    except ValueError:  # cut off in the middle of a line
-        rows = []
-    last = rows[-1]["step"] if rows else 0
-    if last != steps:
-        raise UserError(
-            f"{path}: ends at step {last}, expected {steps}, where the pipeline's training ended; a training was "
-            "stopped since: run `spacy project run all` again."
-        )
-    return rows
-
-
 def model_card(template: str, **facts: Any) -> str:
-    """README.md of the package, in Markdown. Raises jinja2.UndefinedError for a fact that the template names and that
-    is missing.
-    """
+    """Render README.md of the package. Raises jinja2.UndefinedError for a missing fact."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(template).render(
         **facts, labels=LABELS, percent=lambda fraction: f"{fraction * 100:.2f}"
@@ -123,7 +118,7 @@ def model_card(template: str, **facts: Any) -> str:
 
 
 def sources_licences(sources: Sequence[dict[str, str]]) -> str:
-    """LICENSES_SOURCES of the package: what it was made from, and under which licences that is."""
+    """Return LICENSES_SOURCES of the package: its sources and their licences."""
     entries = []
     for source in sources:
         lines = [source["name"], f"Licence: {source['license']}"]
@@ -132,15 +127,14 @@ def sources_licences(sources: Sequence[dict[str, str]]) -> str:
 
 
 def prepare_package(model: Path, output: Path, meta: dict[str, Any], encoder: str, documents: dict[str, str]) -> None:
-    """Writes the folder `output`: the trained pipeline `model` with that meta.json, an inference config, and documents.
+    """Write the pipeline `model` to the folder `output`, with meta.json, an inference config and documents.
 
-    documents: text by file name. The weights are hard links where the file system has them, so that a large encoder is
-    not stored twice.
+    documents: text by file name. Weights are hard links where possible, which saves disk space.
     """
     with replacing(output) as folder:
         shutil.copytree(model, folder, copy_function=link_or_copy)
         config = inference_config(load_config(model / "config.cfg"), encoder)
-        # a link must not be written through: it is the trained pipeline's own file
+        # not written through the links: they are the trained pipeline's files
         for name in ("config.cfg", "meta.json"):
             (folder / name).unlink()
         config.to_disk(folder / "config.cfg")
@@ -157,19 +151,21 @@ def main(
     name: Annotated[str, typer.Option(help="Second part of the package's name")],
     version: Annotated[str, typer.Option(help="The package's version")],
     metrics: Annotated[Path, typer.Option(help="Folder with the figures")] = Path("metrics"),
-    provenance: Annotated[Path, typer.Option(help="Where data and encoder came from")] = Path("assets/provenance.json"),
+    provenance: Annotated[Path, typer.Option(help="Sources of data and encoder")] = Path("assets/provenance.json"),
 ) -> None:
     """Write a trained pipeline's metadata and make it independent of the project, for `spacy package`."""
     with one_sentence():
-        build = package_folder(lang, name, version)
+        check_names(lang=lang, name=name, version=version)
         origin = srsly.read_json(provenance)
         raw_text = srsly.read_json(metrics / "raw_text.json")
         if raw_text.get("weights") != weights_digest(model):
             raise UserError(
-                f"{metrics / 'raw_text.json'}: the figures are of other weights than {model} has; run "
+                f"{metrics / 'raw_text.json'}: these figures belong to other weights than {model}; run "
                 "`spacy project run evaluate` again."
             )
-        test = srsly.read_json(metrics / "test.json")
+        test, stats = srsly.read_json(metrics / "test.json"), srsly.read_json("corpus/stats.json")
+        running = metrics / "running.json"
+        times = stats.get("running", {}).get("times", 0)
         own = make_meta(
             srsly.read_json("configs/meta.json"),
             lang=lang,
@@ -178,6 +174,7 @@ def main(
             provenance=origin,
             test=test,
             raw_text=raw_text,
+            running=times > 0,
         )
         config = load_config(model / "config.cfg").interpolate()
         meta = srsly.read_json(model / "meta.json") | own
@@ -186,8 +183,10 @@ def main(
             meta=meta,
             test=test,
             raw_text=raw_text,
-            training=whole_training(metrics / "training.jsonl", config),
-            stats=srsly.read_json("corpus/stats.json"),
+            running=srsly.read_json(running) if running.exists() else None,
+            times=times,
+            training=list(srsly.read_jsonl(metrics / "training.jsonl")),
+            stats=stats,
             temperature=srsly.read_json(model / "ner" / "cfg").get("temperature", 1.0),
             hyperparameters=hyperparameters(config),
             slim=slim,
@@ -199,8 +198,6 @@ def main(
             "LICENSES_SOURCES": sources_licences(meta["sources"]),
         }
         prepare_package(model, output, meta, origin["encoder"]["source"], documents)
-        # an earlier build's files would go into the wheel again where they are newer than the pipeline's
-        remove(build)
         msg.good(
             f"{output}: {lang}_{name} {version}, F1 {meta['performance']['ents_f'] * 100:.2f} on the test sentences"
         )

@@ -1,4 +1,4 @@
-"""PAN-X sentences: the TSV form, its tags, the digest of its content, and the model card's subset of it."""
+"""PAN-X's format: TSV files, tags, digests, the model card's subset, and spaces between tokens."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -21,16 +21,16 @@ QUOTES = ('"', "'", "''", "'''")
 
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence as PAN-X has it: `words` and `tags` (IOB2 strings) have the same length."""
+    """A sentence of PAN-X; `words` and `tags` (IOB2 strings) have the same length."""
 
     words: tuple[str, ...]
     tags: tuple[str, ...]
 
 
 def split_path(folder: Path, split: str, lang: str) -> Path:
-    """The split's TSV file in a folder: `train-it.tsv` as PAN-X's processed files are named, or `train.tsv`.
+    """Return the split's TSV file in a folder: `train-it.tsv`, as in PAN-X's processed files, or `train.tsv`.
 
-    Raises UserError where the folder has neither.
+    Raises UserError if the folder has neither.
     """
     names = (f"{split}-{lang}.tsv", f"{split}.tsv")
     for name in names:
@@ -43,10 +43,10 @@ def split_path(folder: Path, split: str, lang: str) -> Path:
 
 
 def read_tsv(path: Path) -> list[Sentence]:
-    """Reads `token<TAB>tag` lines, sentences parted by blank lines. Tokens are kept as they are, blank ones too.
+    """Read `token<TAB>tag` lines; blank lines separate sentences. Tokens stay unchanged, blank ones included.
 
-    Raises UserError, with file and line, for bytes that are not UTF-8, a line without exactly one tab, a tag outside
-    IOB2 over PER, ORG and LOC, and a file without a sentence.
+    Raises UserError, with file and line, for bytes that are not UTF-8, a line without exactly one tab, an unknown tag,
+    and a file without sentences.
     """
     data = path.read_bytes()
     try:
@@ -59,7 +59,7 @@ def read_tsv(path: Path) -> list[Sentence]:
     sentences: list[Sentence] = []
     words: list[str] = []
     tags: list[str] = []
-    # only "\n" ends a line: str.splitlines would also cut inside tokens that hold U+2028 or U+0085
+    # not str.splitlines, which would cut inside tokens that contain U+2028 or U+0085
     for number, raw in enumerate([*text.split("\n"), ""], start=1):
         line = raw.removesuffix("\r")
         if not line:
@@ -70,7 +70,7 @@ def read_tsv(path: Path) -> list[Sentence]:
         if line.count("\t") != 1:
             raise UserError(
                 f"{path}, line {number}: {line[:40]!r} has {line.count(chr(9))} tabs where token<TAB>tag has one; "
-                "mend the line."
+                "fix the line."
             )
         word, tag = line.split("\t")
         check_tags([tag], f"{path}, line {number}")
@@ -82,28 +82,28 @@ def read_tsv(path: Path) -> list[Sentence]:
 
 
 def check_tags(tags: Iterable[str], where: str) -> None:
-    """Raises UserError, beginning with `where`, for the first tag outside IOB2 over PER, ORG and LOC."""
+    """Raise UserError, beginning with `where`, for the first tag outside IOB2 over PER, ORG and LOC."""
     for tag in tags:
         if tag not in TAGS:
             raise UserError(f"{where}: unknown tag {tag!r}; expected IOB2 tags: {', '.join(TAGS)}.")
 
 
 def to_tsv(sentences: Sequence[Sentence]) -> bytes:
-    """The sentences as UTF-8 `token<TAB>tag` lines, a blank line between sentences, none after the last one."""
+    """Return the sentences as UTF-8 `token<TAB>tag` lines with a blank line between sentences."""
     lines = ("".join(f"{word}\t{tag}\n" for word, tag in zip(s.words, s.tags, strict=True)) for s in sentences)
     return "\n".join(lines).encode("utf8")
 
 
 def digest(sentences: Sequence[Sentence]) -> str:
-    """SHA-256 of the content in TSV form: the same for a TSV file and a Parquet file that hold the same sentences."""
+    """Return the SHA-256 of the sentences as TSV, which is the same whatever file format they came from."""
     return hashlib.sha256(to_tsv(sentences)).hexdigest()
 
 
 def subset(sentences: Sequence[Sentence], size: int, name: str) -> list[Sentence]:
-    """The `size` sentences that the model card's `shuffle(seed=0).select(range(size))` picks, in that order; 0 for all.
+    """Return the sentences that the model card's `shuffle(seed=0).select(range(size))` selects; all, in order, for 0.
 
-    datasets.Dataset.shuffle(seed) permutes with `numpy.random.default_rng(seed)`. All sentences are left in file order.
-    Raises UserError, naming the split as `name`, where `size` is negative or above what there is.
+    datasets.Dataset.shuffle(seed) permutes with `numpy.random.default_rng(seed)`. Raises UserError, naming the split
+    as `name`, if `size` is negative or above the number of sentences.
     """
     if not 0 <= size <= len(sentences):
         raise UserError(f"{name}: {size} sentences asked for, {len(sentences)} there; set a size up to that, or 0.")
@@ -113,24 +113,24 @@ def subset(sentences: Sequence[Sentence], size: int, name: str) -> list[Sentence
 
 
 def guess_spaces(words: Sequence[str]) -> list[bool]:
-    """For each token, whether a space follows it, so that the text reads `(1984)`, `Milano, Roma` or `''città''`.
+    """Return for each token whether a space follows it, as in `(1984)`, `Milano, Roma` or `''città''`.
 
-    Quotes are paired in order: the first of a pair joins the token after it, the second the token before it. Quotes
-    that PAN-X has glued to a word (`''città`) take part. One without a partner opens at the start and closes elsewhere.
+    Quotes are paired in order: the first of a pair joins the next token, the second the previous one. Quotes that PAN-X
+    glues to a word (`''città`) count. A single quote opens at the start of a sentence and closes elsewhere.
     """
     joins_next = [word in OPENING for word in words]
     joins_previous = [word in CLOSING or word in CLITICS for word in words]
     for quote in QUOTES:
         is_open = False
         for i, word in enumerate(words):
-            if word == "``" and quote == "''":  # what the Penn Treebank opens with `` it closes with ''
+            if word == "``" and quote == "''":  # the Penn Treebank opens with `` and closes with ''
                 is_open = True
             elif word == quote:
                 partner_follows = any(later == quote for later in words[i + 1 :])
                 is_open = not is_open and (partner_follows or i == 0)
                 joins_next[i], joins_previous[i] = is_open, not is_open
             elif word.startswith(quote) and word.strip("'\""):
-                # 'Bryan' opens, but the ' of '6-4 closes what stands open and leaves the score apart
+                # 'Bryan' opens; the ' of '6-4 closes an open quote and is no part of the score
                 joins_previous[i] = joins_previous[i] or (is_open and quote == "'" and word[1].isdigit())
                 is_open = not is_open and not word.endswith(quote)
     spaces = [not (joins_next[i] or joins_previous[i + 1]) for i in range(len(words) - 1)]

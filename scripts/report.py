@@ -1,4 +1,4 @@
-"""Shows what a trained pipeline gets wrong on the test sentences: one HTML file that needs nothing else."""
+"""Write an HTML report of a pipeline's errors on the test sentences, in one file."""
 
 import io
 from collections import Counter
@@ -35,7 +35,7 @@ MOST = 20  # errors in a list
 
 @dataclass
 class Error:
-    """A gold entity that was not found, a predicted one that is not there, or two that overlap and differ."""
+    """A missed gold entity, a spurious predicted one, or two that overlap and differ."""
 
     gold_doc: Doc
     predicted_doc: Doc
@@ -44,20 +44,20 @@ class Error:
 
     @property
     def kind(self) -> tuple[str, str]:
-        """What should have been found and what was, as they are counted."""
+        """The gold and the predicted entity, as they are counted."""
         names = [f"{ent.label_} “{ent.text}”" if ent else "nothing" for ent in (self.gold, self.predicted)]
         return names[0], names[1]
 
 
 def best_overlap(ent: Span, others: Sequence[Span]) -> Span | None:
-    """The one of the others that shares most tokens with the entity, the same label first; None if none shares any."""
+    """Return the entity that shares most tokens with `ent`, preferably of its label; None if none shares any."""
     shared = {other: min(ent.end, other.end) - max(ent.start, other.start) for other in others}
     overlapping = [other for other in others if shared[other] > 0]
     return max(overlapping, key=lambda other: (shared[other], other.label == ent.label), default=None)
 
 
 def find_errors(gold: Sequence[Doc], predicted: Sequence[Doc]) -> Iterator[Error]:
-    """Every error once, sentence by sentence."""
+    """Yield every error once, sentence by sentence."""
     for gold_doc, doc in zip(gold, predicted, strict=True):
         paired = set()
         for ent in gold_doc.ents:
@@ -76,7 +76,7 @@ def _key(ent: Span) -> tuple[int, int, str]:
 
 
 def score(pairs: Sequence[tuple[Doc, Doc]], label: str | None = None) -> PRFScore:
-    """Strict precision, recall and F1 of all entities, or of those of one label."""
+    """Return strict precision, recall and F1 of all entities, or of one label's."""
     total = PRFScore()
     for gold_doc, doc in pairs:
         found, expected = ({_key(e) for e in d.ents if label in (None, e.label_)} for d in (doc, gold_doc))
@@ -85,7 +85,7 @@ def score(pairs: Sequence[tuple[Doc, Doc]], label: str | None = None) -> PRFScor
 
 
 def type_rows(pairs: Sequence[tuple[Doc, Doc]], labels: Sequence[str]) -> list[list[str]]:
-    """Counts and percentages for each label and for all."""
+    """Return counts and percentages per label and for all."""
     rows = []
     for label in (*labels, None):
         s = score(pairs, label)
@@ -95,7 +95,7 @@ def type_rows(pairs: Sequence[tuple[Doc, Doc]], labels: Sequence[str]) -> list[l
 
 
 def length_scores(pairs: Sequence[tuple[Doc, Doc]]) -> list[tuple[str, int, float]]:
-    """(tokens, gold entities, F1 as a fraction) of the sentences of each range of lengths that has an entity."""
+    """Return (tokens, gold entities, F1 as a fraction) for each range of sentence lengths that has an entity."""
     rows = []
     for low, high in LENGTHS:
         of_length = [pair for pair in pairs if low <= len(pair[0]) and (high is None or len(pair[0]) <= high)]
@@ -106,7 +106,7 @@ def length_scores(pairs: Sequence[tuple[Doc, Doc]]) -> list[tuple[str, int, floa
 
 
 def confusion(pairs: Sequence[tuple[Doc, Doc]], labels: Sequence[str]) -> dict[str, Any]:
-    """How often an entity of one type was taken for one of another or for none."""
+    """Count how often an entity of one label was predicted as another label or as none."""
     names = [*labels, "nothing"]
     counts: Counter[tuple[str, str]] = Counter()
     for gold_doc, doc in pairs:
@@ -125,7 +125,7 @@ def confusion(pairs: Sequence[tuple[Doc, Doc]], labels: Sequence[str]) -> dict[s
 
 
 def boundaries(pairs: Sequence[tuple[Doc, Doc]], labels: Sequence[str]) -> dict[str, Any]:
-    """How the boundaries of predictions lie, where a prediction of the same type overlaps the gold entity."""
+    """Count the kinds of boundaries of predictions that overlap a gold entity of their label."""
     counts: Counter[tuple[str, str]] = Counter()
     for gold_doc, doc in pairs:
         for ent in gold_doc.ents:
@@ -146,7 +146,7 @@ def _boundary(gold: Span, predicted: Span) -> str:
 
 
 def svg(figure: Figure) -> Markup:
-    """The figure as an element of an HTML page, its text in the page's font."""
+    """Return the figure as an SVG element whose text has the page's font."""
     with io.StringIO() as stream, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
         figure.savefig(stream, format="svg", metadata={"Date": None})
         matplotlib.pyplot.close(figure)
@@ -155,7 +155,7 @@ def svg(figure: Figure) -> Markup:
 
 
 def plot_lengths(rows: Sequence[tuple[str, int, float]]) -> Figure:
-    """Bars of F1 by the sentence's length."""
+    """Plot F1 by sentence length."""
     figure, axes = matplotlib.pyplot.subplots(figsize=(4.2, 3.2), layout="constrained")
     bars = axes.bar([row[0] for row in rows], [row[2] for row in rows], color="tab:green")
     axes.bar_label(bars, [f"{f1 * 100:.1f}\n({count})" for _, count, f1 in rows])
@@ -166,7 +166,7 @@ def plot_lengths(rows: Sequence[tuple[str, int, float]]) -> Figure:
 
 
 def plot_calibration(bins: Sequence[tuple[int, float, float]]) -> Figure:
-    """The share of entities that are right against the probability that the model gives them; area: how many."""
+    """Plot the share of right entities against their probability; the area of a dot is their number."""
     figure, axes = matplotlib.pyplot.subplots(figsize=(4.2, 4), layout="constrained")
     total = sum(count for count, _, _ in bins)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
@@ -177,7 +177,7 @@ def plot_calibration(bins: Sequence[tuple[int, float, float]]) -> Figure:
 
 
 def render_error(error: Error, heading: str) -> dict[str, Any]:
-    """The sentence as displaCy shows it, gold and predicted."""
+    """Render the sentence with displaCy, gold and predicted."""
     options = {"colors": COLORS}
     sides = {
         side: Markup(displacy.render(doc, style="ent", options=options, page=False, jupyter=False))
@@ -189,7 +189,7 @@ def render_error(error: Error, heading: str) -> dict[str, Any]:
 
 
 def make_report(gold: Sequence[Doc], predicted: Sequence[Doc], training: list[dict[str, Any]], name: str) -> str:
-    """The report as HTML. predicted: with `span._.score`. training: the rows of metrics/training.jsonl."""
+    """Return the report as HTML. predicted: Docs with `panx_score`. training: the rows of metrics/training.jsonl."""
     pairs = list(zip(gold, predicted, strict=True))
     labels = sorted({ent.label_ for pair in pairs for doc in pair for ent in doc.ents})
     errors = list(find_errors(gold, predicted))
@@ -198,8 +198,8 @@ def make_report(gold: Sequence[Doc], predicted: Sequence[Doc], training: list[di
     frequent = [
         render_error(first[kind], f"{count} ×: {kind[0]} → {kind[1]}") for kind, count in counts.most_common(MOST)
     ]
-    wrong = sorted((e for e in errors if e.predicted), key=lambda error: -error.predicted._.score)[:MOST]
-    confident = [render_error(e, f"{e.predicted._.score * 100:.1f} %: {e.kind[0]} → {e.kind[1]}") for e in wrong]
+    wrong = sorted((e for e in errors if e.predicted), key=lambda error: -error.predicted._.panx_score)[:MOST]
+    confident = [render_error(e, f"{e.predicted._.panx_score * 100:.1f} %: {e.kind[0]} → {e.kind[1]}") for e in wrong]
     bins = calibration_bins(gold, predicted)
     total = score(pairs)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -222,13 +222,12 @@ def make_report(gold: Sequence[Doc], predicted: Sequence[Doc], training: list[di
         lists=[
             (
                 "Most frequent errors",
-                "The same words taken for the same thing, with one sentence as an example.",
+                "The same words with the same wrong result, and one sentence as an example.",
                 frequent,
             ),
             (
                 "Most confident errors",
-                "Predicted entities that are wrong, by the probability that the model gives them. Many of these are "
-                "the data's own errors.",
+                "Wrong predictions with the highest probability. Many of them are errors in the data.",
                 confident,
             ),
         ],
@@ -247,13 +246,13 @@ def main(
     with one_sentence():
         for path in (training, corpus):
             if not path.is_file():
-                raise UserError(f"{path}: not there; run `spacy project run all`, which makes it.")
+                raise UserError(f"{path}: missing; run `spacy project run all`, which makes it.")
         rows = list(srsly.read_jsonl(training))
         nlp = load_pipeline(model, gpu_id)
         examples = list(Corpus(corpus, gold_preproc=True)(nlp))
         gold = [example.reference for example in examples]
         if not any(doc.ents for doc in gold):
-            raise UserError(f"{corpus}: no entity in it to compare with; give sentences with gold entities.")
+            raise UserError(f"{corpus}: no gold entity; give sentences with gold entities.")
         predicted = list(nlp.pipe(example.predicted for example in examples))
         with replacing(output) as path:
             path.write_text(make_report(gold, predicted, rows, name), encoding="utf8")

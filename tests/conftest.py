@@ -120,6 +120,9 @@ def build_project(root, sample, tiny_encoder):
     for name in ("project.yml", "LICENSE", "configs", "scripts"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, root / name)
+    running = root / "corpus" / "running"
+    running.mkdir(parents=True)
+    (running / "a.txt").write_text("\n\n".join(["Piove.\nVive a [LOC Bari]."] * 10), encoding="utf8")
     data = root / "data"
     data.mkdir()
     for split in sample:

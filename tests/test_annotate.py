@@ -183,7 +183,7 @@ def test_scores_and_precision_are_those_of_the_pipeline(tiny_encoder, tmp_path, 
     config = {"@architectures": "panx_xlmr.TransformerModel.v1", "name": str(tiny_encoder), "mixed_precision": False}
     config |= {"tokenizer_config": {}, "transformer_config": {}, "precision": "bfloat16"}
     nlp.add_pipe("transformer", config={"model": config})
-    nlp.add_pipe("token_ner").add_label("LOC")
+    nlp.add_pipe("panx_xlmr_ner_v2").add_label("LOC")
     nlp.initialize()
     nlp.to_disk(tmp_path / "model")
     monkeypatch.setattr("scripts.annotate.worker.identify", lambda *_: "it")  # it refuses a folder of this project
@@ -195,7 +195,7 @@ def test_scores_and_precision_are_those_of_the_pipeline(tiny_encoder, tmp_path, 
     found = [entity for row in range(20) for entity in rows_of(tmp_path / "out")["in", row][1]]
     entities = [e for doc in annotator.nlp.pipe(texts) for e in doc.ents]
     assert [entity[:3] for entity in found] == [(e.start_char, e.end_char, e.label_) for e in entities] != []
-    assert [entity[3] for entity in found] == pytest.approx([e._.score for e in entities], abs=1e-6)
+    assert [entity[3] for entity in found] == pytest.approx([e._.panx_score for e in entities], abs=1e-6)
 
 
 def test_a_run_goes_on_only_with_what_it_was_begun_with(model, refused, tmp_path, monkeypatch):

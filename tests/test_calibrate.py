@@ -8,6 +8,7 @@ from scripts import calibrate as calibrate_script
 from scripts.calibrate import find_temperature
 from scripts.common import UserError
 from scripts.evaluate import calibration_bins, expected_calibration_error
+from scripts.pipeline.token_ner import SCORED
 from test_token_ner import example, nlp, trained  # noqa: F401
 
 WORDS = ["Anna", "Neri", "vive", "a", "Bari"]
@@ -27,7 +28,7 @@ def test_too_certain_a_pipeline_becomes_as_certain_as_it_is_right(nlp, gold):  #
     assert temperature > 1.5
     assert after < before / 2
     doc = nlp(Doc(nlp.vocab, words=WORDS))
-    assert numpy.mean([ent._.score for ent in doc.ents]) == pytest.approx(0.75, abs=0.1)
+    assert numpy.mean([ent._.panx_score for ent in doc.ents]) == pytest.approx(0.75, abs=0.1)
 
 
 def test_the_entities_stay_the_same(nlp, gold):  # noqa: F811
@@ -46,7 +47,7 @@ def test_the_command_leaves_the_first_pipeline_as_it_was(nlp, gold, tmp_path):  
     nlp.to_disk(tmp_path / "slim")
     before = (tmp_path / "slim" / "ner" / "cfg").read_bytes()
     DocBin(docs=[eg.reference for eg in gold]).to_disk(tmp_path / "dev.spacy")
-    calibrate_script.main(tmp_path / "slim", tmp_path / "model", tmp_path / "dev.spacy")
+    calibrate_script.main(tmp_path / "slim", tmp_path / "model", [tmp_path / "dev.spacy"])
     assert (tmp_path / "slim" / "ner" / "cfg").read_bytes() == before
     temperature = srsly.read_json(tmp_path / "model" / "ner" / "cfg")["temperature"]
     assert spacy.load(tmp_path / "model").get_pipe("ner").temperature == temperature > 1
@@ -56,7 +57,7 @@ def scored(nlp, probability, count, right):  # noqa: F811
     """Gold and predicted Docs of one entity each, of which `right` are right."""
     found = [Doc(nlp.vocab, words=["Bari"], ents=["B-LOC"]) for _ in range(count)]
     for doc in found:
-        doc.ents[0]._.score = probability
+        doc.ents[0]._.set(SCORED, ("LOC", probability))
     return [Doc(nlp.vocab, words=["Bari"], ents=["B-LOC" if i < right else "B-PER"]) for i in range(count)], found
 
 

@@ -19,6 +19,7 @@ CARD = {
     "batch_size": 24,
     "epochs": 3,
     "seed": 42,
+    "letter_case": 0.0,
     "gpu_id": -1,
 }
 TEMPLATE = ROOT / "configs" / "xlmr.cfg"
@@ -113,6 +114,7 @@ def test_the_written_config_is_full_and_resolves(tmp_path):
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"head_learning_rate_scale": -1.0}, "head_learning_rate_scale is -1.0"),
+        ({"letter_case": 1.5}, "letter_case is 1.5"),
     ],
 )
 def test_a_hyperparameter_that_no_training_can_have_is_refused(changes, expected):
@@ -131,6 +133,8 @@ OPTIONS = [
     "3",
     "--seed",
     "42",
+    "--letter-case",
+    "0.1",
     "--lang",
     "it",
     "--gpu-id",
@@ -142,7 +146,7 @@ def test_the_command_counts_the_training_sentences(tmp_path):
     vocab = spacy.blank("it").vocab
     DocBin(docs=[Doc(vocab, words=["Roma"], ents=["B-LOC"])] * 49).to_disk(tmp_path / "train.spacy")
     arguments = dict(zip([o[2:].replace("-", "_") for o in OPTIONS[::2]], OPTIONS[1::2], strict=True))
-    rates = ("learning_rate", "head_learning_rate_scale")
+    rates = ("learning_rate", "head_learning_rate_scale", "letter_case")
     types = {"lang": str} | dict.fromkeys(rates, float)
     configure_script.main(
         TEMPLATE,

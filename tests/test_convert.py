@@ -1,12 +1,17 @@
+import json
+
 import pytest
 import spacy
 import srsly
 from spacy.tokens import DocBin
 from spacy.training import biluo_to_iob
 
+from conftest import ROOT
 from scripts import convert as convert_script
-from scripts.convert import convert, make_doc, repair
+from scripts import running as running_script
+from scripts.convert import convert, make_doc, make_training_doc, repair
 from scripts.panx import SPLITS, Sentence, read_tsv, to_tsv
+from scripts.running import agreement, blank_pipeline, count, load, make_docs
 
 FILES = {"train": "train.spacy", "validation": "dev.spacy", "test": "test.spacy"}
 ALL = dict.fromkeys(SPLITS, 0)
@@ -33,9 +38,12 @@ def read_docs(path):
 def check_round_trip(folder, output, lang_suffix):
     for split in SPLITS:
         sentences, docs = read_tsv(folder / f"{split}{lang_suffix}.tsv"), read_docs(output / FILES[split])
-        assert [tuple(t.text for t in doc) for doc in docs] == [s.words for s in sentences]
-        assert [tuple(iob2(doc)) for doc in docs] == [s.tags for s in sentences]
         assert not any(doc.has_unknown_spaces for doc in docs)
+        if split == "train":  # quotes and elisions are cut off its words
+            assert ["".join(t.text for t in doc) for doc in docs] == ["".join(s.words) for s in sentences]
+        else:
+            assert [tuple(t.text for t in doc) for doc in docs] == [s.words for s in sentences]
+            assert [tuple(iob2(doc)) for doc in docs] == [s.tags for s in sentences]
 
 
 def test_tokens_and_tags_of_the_sample_survive(tmp_path, sample, tiny_encoder):
@@ -53,7 +61,7 @@ def test_tokens_and_tags_of_all_40000_sentences_survive(tmp_path, tiny_encoder, 
     assert stats["train"]["entities"] == {"LOC": 9852, "ORG": 8045, "PER": 9766}
     assert stats["train"]["duplicate_sentences"] > 1000
     assert stats["shared"]["validation also in train"] == 1205
-    assert stats["shared"]["test also in train"] == 1161
+    assert stats["shared"]["test also in train"] == 1163
 
 
 def test_further_training_sentences_are_added_to_the_training_split_only(data, tmp_path, tiny_encoder):
@@ -61,10 +69,13 @@ def test_further_training_sentences_are_added_to_the_training_split_only(data, t
     extra.mkdir()
     for name in ("PAN-X.es", "PAN-X.fr"):
         (extra / f"{name}.tsv").write_text(f"{name}\tB-LOC\n\nuno\tO\n\ndos\tO\n", encoding="utf8")
-    stats = convert(data, tmp_path, "it", tiny_encoder, ALL, extra)
+    stats = convert(data, tmp_path, "it", tiny_encoder, ALL, extra_train=extra)
     assert [stats[split]["sentences"] for split in SPLITS] == [7, 1, 1]
-    stats = convert(data, tmp_path, "it", tiny_encoder, ALL | {"train": 1}, extra)
+    stats = convert(data, tmp_path, "it", tiny_encoder, ALL | {"train": 1}, extra_train=extra)
     assert stats["train"]["sentences"] == 3
+    for size, expected in ((2, 5), (400, 7)):  # all that is there is taken
+        settings = {"extra_train": extra, "extra_train_size": size}
+        assert convert(data, tmp_path, "it", tiny_encoder, ALL, **settings)["train"]["sentences"] == expected
 
 
 def test_another_language_is_converted_by_its_own_rules(data, tmp_path, tiny_encoder):
@@ -83,6 +94,80 @@ def test_gold_annotation_of_every_token_is_known(data, tmp_path, tiny_encoder):
     convert(data, tmp_path, "it", tiny_encoder, ALL)
     doc = read_docs(tmp_path / "train.spacy")[0]
     assert [token.ent_iob_ for token in doc] == ["B", "I", "O", "B", "O"]
+
+
+@pytest.mark.parametrize(
+    ("words", "tags", "cut", "cut_tags"),
+    [
+        (["''Strada", "di"], ["O", "O"], ["''", "Strada", "di"], ["O", "O", "O"]),
+        (["di", "''Lost", "''"], ["B-ORG", "I-ORG", "O"], ["di", "''", "Lost", "''"], ["B-ORG", "I-ORG", "I-ORG", "O"]),
+        (["''Lost", "''"], ["B-ORG", "O"], ["''", "Lost", "''"], ["O", "B-ORG", "O"]),
+        (["dell'Italia", "oggi"], ["B-LOC", "O"], ["dell'", "Italia", "oggi"], ["O", "B-LOC", "O"]),
+        (["dell'Italia", "oggi"], ["O", "O"], ["dell'", "Italia", "oggi"], ["O", "", "O"]),
+        (["l'acqua"], ["O"], ["l'", "acqua"], ["O", "O"]),
+        (["Banca", "d'Italia"], ["B-ORG", "I-ORG"], ["Banca", "d'", "Italia"], ["B-ORG", "I-ORG", "I-ORG"]),
+        (["L'Aquila"], ["B-LOC"], ["L'", "Aquila"], ["B-LOC", "I-LOC"]),
+        (["D’Annunzio"], ["B-PER"], ["D’", "Annunzio"], ["B-PER", "I-PER"]),
+        (["po'", "6-4"], ["O", "O"], ["po'", "6-4"], ["O", "O"]),
+    ],
+)
+def test_training_words_are_cut_where_a_text_is_cut(words, tags, cut, cut_tags):
+    doc = make_training_doc(blank_pipeline(), Sentence(tuple(words), tuple(tags)))
+    assert [token.text for token in doc] == cut
+    assert [
+        token.ent_iob_ and (f"{token.ent_iob_}-{token.ent_type_}" if token.ent_type_ else "O") for token in doc
+    ] == cut_tags
+    assert doc.text == make_doc(doc.vocab, Sentence(tuple(words), tuple(tags))).text
+
+
+@pytest.fixture
+def running(tmp_path):
+    """Ten documents, so that the eighth part is for validation and the ninth for the test."""
+    folder = tmp_path / "running"
+    folder.mkdir()
+    documents = [f"Il treno è in ritardo.\nParte [PER Ugo {i}] dall'[LOC Italia]." for i in range(9)]
+    documents.append("\n".join(f"Riga {i}, dell'[ORG Eni]." for i in range(6)))
+    (folder / "a.txt").write_text("\n\n".join(documents), encoding="utf8")
+    return folder
+
+
+def test_the_running_corpus_is_added_as_often_as_asked(data, tmp_path, tiny_encoder, running):
+    stats = convert(data, tmp_path, "it", tiny_encoder, ALL, running=running, running_times=3)
+    train = read_docs(tmp_path / "train.spacy")
+    assert len(train) == 1 + 3 * 16
+    assert [(e.text, e.label_) for e in train[2].ents] == [("Ugo 0", "PER"), ("Italia", "LOC")]
+    assert len(read_docs(tmp_path / "running-dev.spacy")) == 2
+    (paragraph,) = read_docs(tmp_path / "running-test.spacy")
+    assert len(paragraph.ents) == 6
+    assert stats["running"]["train"]["sentences"] == 16
+    convert(data, tmp_path, "it", tiny_encoder, ALL)
+    assert not (tmp_path / "running-dev.spacy").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("Vive a [LOK Bari].", "a.txt, line 2: a bracket that is no entity at '[LOK Bari].'"),
+        ("Vive a [LOC Ba]ri.", "a.txt, line 2: 'Ba' begins or ends inside a token"),
+    ],
+)
+def test_a_bracket_that_is_no_entity_is_refused_with_its_line(refused, running, line, expected):
+    (running / "a.txt").write_text(f"Piove.\n{line}\n", encoding="utf8")
+    assert expected in refused(running_script, running)
+    assert not (running / "stats.json").exists()
+
+
+def test_the_projects_running_corpus_is_what_its_stats_say(tmp_path):
+    folder = ROOT / "corpus" / "running"
+    stats = count(folder)
+    assert stats == json.loads((folder / "stats.json").read_text())
+    assert stats["all"]["sentences"] >= 4000
+    assert stats["all"]["without_entity"] >= 0.4
+    assert stats["test_names_not_in_train"] >= 0.6
+    assert agreement(folder, folder / "second" / "test.txt") >= 0.95
+    nlp = blank_pipeline()
+    for documents in load(folder).values():
+        make_docs(nlp, documents)
 
 
 def test_blank_tokens_are_dropped_and_counted():

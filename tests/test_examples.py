@@ -62,7 +62,7 @@ def model(tmp_path_factory):
 def found_by(model, texts):
     keys = ("text", "label", "start", "end", "score")
     return [
-        [dict(zip(keys, (e.text, e.label_, e.start_char, e.end_char, e._.score), strict=True)) for e in doc.ents]
+        [dict(zip(keys, (e.text, e.label_, e.start_char, e.end_char, e._.panx_score), strict=True)) for e in doc.ents]
         for doc in spacy.load(model).pipe(texts)
     ]
 

@@ -106,7 +106,7 @@ def nlp(tiny_encoder):
     model = {"@architectures": "panx_xlmr.TransformerModel.v1", "name": str(tiny_encoder), "mixed_precision": False}
     model |= {"tokenizer_config": {"use_fast": True}, "transformer_config": {}}
     nlp.add_pipe("transformer", config={"model": model})
-    nlp.add_pipe("token_ner", name="ner")
+    nlp.add_pipe("panx_xlmr_ner_v2", name="ner")
     words, tags = ["Anna", "Neri", "a", "Bari", "Eni"], ["B-PER", "I-PER", "O", "B-LOC", "B-ORG"]
     nlp.initialize(lambda: [Example(Doc(nlp.vocab, words=words), Doc(nlp.vocab, words=words, ents=tags))])
     output = nlp.get_pipe("ner").model.get_ref("output_layer")
@@ -125,7 +125,7 @@ def check(doc: Doc, text: str) -> None:
         end = ent.end_char
         assert kept[ent.start_char : ent.end_char] == ent.text == ent.text.strip()
         assert ent.label_ in {"LOC", "ORG", "PER"}
-        assert 0 <= ent._.score <= 1
+        assert 0 <= ent._.panx_score <= 1
 
 
 def found(doc: Doc) -> list[tuple[int, int, str]]:
@@ -148,7 +148,9 @@ def test_a_stream_gives_what_one_text_at_a_time_gives(nlp, some, batch_size):
         check(doc, text)
         alone = nlp(text)
         assert found(doc) == found(alone)
-        assert [ent._.score for ent in doc.ents] == pytest.approx([ent._.score for ent in alone.ents], abs=1e-4)
+        assert [ent._.panx_score for ent in doc.ents] == pytest.approx(
+            [ent._.panx_score for ent in alone.ents], abs=1e-4
+        )
 
 
 NAMED = {

@@ -7,7 +7,7 @@ from spacy.util import load_config
 from conftest import ROOT
 from scripts import package as prepare_package_script
 from scripts.common import UserError
-from scripts.package import inference_config, make_meta, prepare_package, whole_training
+from scripts.package import inference_config, make_meta, prepare_package
 
 TEMPLATE = srsly.read_json(ROOT / "configs" / "meta.json")
 PER_TYPE = {label: {"p": 0.8, "r": 0.7, "f": 0.75} for label in ("LOC", "ORG", "PER")}
@@ -108,12 +108,14 @@ def test_figures_of_other_weights_are_not_packaged(refused, tmp_path):
     assert not (tmp_path / "package").exists()
 
 
-@pytest.mark.parametrize("text", ["", '{"step":70}\n', '{"step":70}\n{"step":140}\n{"st'])
-def test_the_table_of_a_training_that_was_stopped_is_not_packaged(tmp_path, text):
-    path = tmp_path / "training.jsonl"
-    path.write_text(text)
-    config = load_config(ROOT / "configs" / "xlmr.cfg").interpolate()
-    with pytest.raises(UserError, match=r"training\.jsonl: ends at step (0|70), expected 210"):
-        whole_training(path, config)
-    path.write_text('{"step":70}\n{"step":210}\n')
-    assert [row["step"] for row in whole_training(path, config)] == [70, 210]
+@pytest.mark.parametrize(("option", "value"), [("--lang", "../x"), ("--name", "../../x"), ("--version", "1/2")])
+def test_a_name_that_is_no_wheels_is_refused(refused, tmp_path, option, value):
+    options = {"--lang": "it", "--name": "panx_xlmr", "--version": "1.0.0"} | {option: value}
+    words = [word for pair in options.items() for word in pair]
+    output = refused(prepare_package_script, tmp_path / "model", tmp_path / "package", "true", *words)
+    assert f"{option[2:]} is '{value}'" in output
+
+
+def test_the_running_corpus_is_a_source_where_it_was_trained_on():
+    names = [source["name"] for source in meta(running=True)["sources"]]
+    assert names[1] == TEMPLATE["sources"]["running"]["name"]

@@ -5,6 +5,7 @@ import spacy
 from spacy.tokens import Doc
 
 from scripts import report
+from scripts.pipeline.token_ner import SCORED
 
 WORDS = ["Anna", "Neri", "lavora", "alla", "Banca", "Rossi", "di", "Bari", "oggi"]
 VOCAB = spacy.blank("it").vocab
@@ -18,7 +19,7 @@ def sentence(*ents, words=WORDS, scores=()):
     doc = Doc(VOCAB, words=words)
     doc.ents = [doc.char_span(doc[a].idx, doc[b - 1].idx + len(doc[b - 1]), label=label) for a, b, label in ents]
     for ent, score in zip(doc.ents, scores, strict=False):
-        ent._.score = score
+        ent._.set(SCORED, (ent.label_, score))
     return doc
 
 

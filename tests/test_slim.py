@@ -1,22 +1,33 @@
+"""What slimming keeps of a pipeline, what it stores, and what it refuses."""
+
 import pickle
 import shutil
 
 import numpy
 import pytest
-import sentencepiece
 import spacy
 import srsly
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spacy.tokens import Doc, DocBin
-from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
+from tokenizers import Tokenizer, models, processors
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast, PreTrainedTokenizerFast
 
 from scripts import slim as slim_script
 from scripts.common import UserError
 from test_encoder import pipeline, vectors
 
 KEPT = ["Anna vive a Bari.", "La Banca d'Italia"]
+SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+
+def layer(nlp):
+    return nlp.get_pipe("transformer").model
+
+
+def pieces(nlp, text):
+    return layer(nlp).tokenizer.tokenize(text)
 
 
 @pytest.fixture(scope="module")
@@ -25,72 +36,58 @@ def whole(tiny_encoder):
 
 
 @pytest.fixture(scope="module")
-def trimmed(tiny_encoder):
-    """The pipeline with the wordpieces of two texts only, and the ids that they had before."""
+def pruned(tiny_encoder):
+    """The pipeline with the wordpieces of two texts only, and the names of these wordpieces."""
     nlp = pipeline(tiny_encoder)
-    model = nlp.get_pipe("transformer").model
-    kept = slim_script.needed_ids(model.tokenizer, KEPT, [], 1)
-    slim_script.trim(model, kept)
-    return nlp, kept
+    tokenizer = layer(nlp).tokenizer
+    kept = slim_script.needed_ids(tokenizer, KEPT, [], 1)
+    slim_script.prune(layer(nlp), kept)
+    return nlp, tokenizer.convert_ids_to_tokens(kept)
 
 
-def pieces(nlp, text):
-    return nlp.get_pipe("transformer").model.tokenizer.tokenize(text)
-
-
-def test_a_text_of_kept_wordpieces_has_the_same_vectors(whole, trimmed):
-    nlp, kept = trimmed
-    assert len(kept) < len(whole.get_pipe("transformer").model.tokenizer) / 2
+def test_a_text_of_kept_wordpieces_has_the_same_vectors(whole, pruned):
+    nlp, names = pruned
+    assert len(names) < len(layer(whole).tokenizer) / 2
     for before, after in zip(vectors(whole, KEPT), vectors(nlp, KEPT), strict=True):
         assert numpy.array_equal(before, after)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text())
-def test_every_text_is_cut_as_before_or_into_smaller_pieces_without_losing_a_character(whole, trimmed, text):
-    nlp, kept = trimmed
+def test_every_text_is_cut_as_before_or_into_smaller_pieces_without_losing_a_character(whole, pruned, text):
+    nlp, names = pruned
     before, after = pieces(whole, text), pieces(nlp, text)
-    names = whole.get_pipe("transformer").model.tokenizer.convert_ids_to_tokens(kept)
     if set(before) <= set(names):
         assert after == before
     assert "".join(after) == "".join(before)
     assert len(after) >= len(before)
 
 
-def test_the_sentencepiece_file_has_the_tokenizers_pieces(trimmed):
-    nlp, kept = trimmed
-    objects = nlp.get_pipe("transformer").model.layers[0].shims[0]._hfmodel
-    processor = sentencepiece.SentencePieceProcessor(model_proto=objects.vocab_file_contents)
-    ordinary = [p for p in objects.tokenizer.get_vocab() if p not in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")]
-    in_file = {processor.id_to_piece(i) for i in range(3, processor.get_piece_size())}
-    assert in_file == set(ordinary)
-    assert objects.transformer.config.vocab_size == len(objects.tokenizer) == len(kept)
-
-
-def test_special_tokens_keep_their_meaning(trimmed):
-    tokenizer = trimmed[0].get_pipe("transformer").model.tokenizer
-    ids = tokenizer("Bari")["input_ids"]
-    assert tokenizer.convert_ids_to_tokens([ids[0], ids[-1]]) == ["<s>", "</s>"]
-    assert tokenizer.convert_ids_to_tokens(tokenizer.mask_token_id) == "<mask>"
+def test_each_kept_wordpiece_has_a_row_of_the_embeddings_and_special_tokens_stay_special(pruned):
+    nlp, names = pruned
+    model = layer(nlp)
+    assert model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer))) == names
+    assert model.transformer.get_input_embeddings().num_embeddings == model.transformer.config.vocab_size == len(names)
+    assert model.tokenizer.convert_ids_to_tokens(sorted(model.tokenizer.all_special_ids)) == SPECIALS
+    ids = model.tokenizer("Bari")["input_ids"]
+    assert model.tokenizer.convert_ids_to_tokens([ids[0], ids[-1]]) == ["<s>", "</s>"]
 
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.29), (16, 0.53)])
-def test_rounded_weights_are_stored_in_their_bits_and_loaded_as_they_were(trimmed, tmp_path, bits, share):
-    nlp, _ = trimmed
-    nlp = pickle.loads(pickle.dumps(nlp))
-    model = nlp.get_pipe("transformer").model
-    slim_script.round_weights(model, bits)
+def test_a_slim_pipeline_is_stored_in_its_bits_and_loaded_as_it_was(pruned, tmp_path, bits, share):
+    nlp = pickle.loads(pickle.dumps(pruned[0]))
+    slim_script.round_weights(layer(nlp), bits)
     nlp.to_disk(tmp_path)
     loaded = spacy.load(tmp_path)
     text = "Né Anna né il 7º Ufficio ☂"
     assert pieces(loaded, text) == pieces(nlp, text)
     assert numpy.array_equal(vectors(loaded, [text])[0], vectors(nlp, [text])[0])
-    message = srsly.msgpack_loads(model.layers[0].shims[0].to_bytes())
-    assert len(message["state"]) < share * 4 * sum(p.numel() for p in model.transformer.parameters())
+    stored = srsly.msgpack_loads(layer(nlp).layers[0].shims[0].to_bytes())["state"]
+    assert len(stored) < share * 4 * sum(parameter.numel() for parameter in layer(nlp).transformer.parameters())
 
 
 def test_weights_in_8_bits_are_off_by_less_than_half_a_step_of_their_row(tiny_encoder):
-    model = pipeline(tiny_encoder).get_pipe("transformer").model
+    model = layer(pipeline(tiny_encoder))
     before = {name: parameter.data.clone() for name, parameter in model.transformer.named_parameters()}
     slim_script.round_weights(model, 8)
     for name, parameter in model.transformer.named_parameters():
@@ -99,26 +96,30 @@ def test_weights_in_8_bits_are_off_by_less_than_half_a_step_of_their_row(tiny_en
             assert ((parameter.data - before[name]).abs() <= steps / 2 * (1 + 1e-6)).all(), name
 
 
-def test_weights_too_large_for_16_bits_are_refused(tiny_encoder):
-    model = pipeline(tiny_encoder).get_pipe("transformer").model
+def test_weights_too_large_for_16_bits_and_another_number_of_bits_are_refused(tiny_encoder):
+    model = layer(pipeline(tiny_encoder))
     next(model.transformer.parameters()).data[5, 5] = 1e6
     with pytest.raises(UserError, match="do not fit into 16 bits.*--vars.slim false"):
         slim_script.round_weights(model, 16)
+    with pytest.raises(UserError, match="slim_bits is 4, expected 8 or 16"):
+        slim_script.round_weights(model, 4)
 
 
-def test_another_number_of_bits_is_refused(whole):
-    with pytest.raises(UserError, match="4 bits, expected 8 or 16"):
-        slim_script.round_weights(whole.get_pipe("transformer").model, 4)
+def test_further_wordpieces_are_the_most_probable_in_the_sentences_script():
+    pieces = ["<unk>", "день", "mare", "λόγος", "sole", "12", "mese", "è"]
+    model = models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=0)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token="<unk>")
+    kept = slim_script.needed_ids(tokenizer, ["mare"], [], 5)
+    assert tokenizer.convert_ids_to_tokens(kept) == ["<unk>", "mare", "sole", "12", "è"]
 
 
-def test_further_wordpieces_are_the_most_probable_in_the_sentences_script(whole):
-    tokenizer = whole.get_pipe("transformer").model.tokenizer
-    few, more = (slim_script.needed_ids(tokenizer, KEPT, [], pieces) for pieces in (1, 400))
-    added = tokenizer.convert_ids_to_tokens(sorted(set(more) - set(few)))
-    assert len(more) == 400 and set(few) < set(more)
-    assert set(slim_script.scripts("".join(added))) == {"LATIN"}
-    left = set(range(max(set(more) - set(few)))) - set(more)
-    assert all(set(slim_script.scripts(tokenizer.convert_ids_to_tokens(i))) - {"LATIN"} for i in left)
+def test_special_tokens_keep_their_meaning_wherever_they_are_in_the_vocabulary():
+    tokenizer = Tokenizer(models.Unigram([("b", -1.0), ("<unk>", 0.0), ("a", -1.0), ("<s>", 0.0)], unk_id=1))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    description = slim_script.pruned_description(srsly.json_loads(tokenizer.to_str()), [1, 2, 3])
+    assert Tokenizer.from_str(srsly.json_dumps(description)).encode("ab").tokens == ["<s>", "a", "b"]
+    assert Tokenizer.from_str(srsly.json_dumps(description)).encode("ab").ids == [2, 1, 0]
 
 
 def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
@@ -126,9 +127,8 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
     BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
     config = BertConfig(vocab_size=7, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     BertModel(config).save_pretrained(tmp_path)
-    model = pipeline(tmp_path).get_pipe("transformer").model
     with pytest.raises(UserError, match="WordPiece model, expected Unigram"):
-        slim_script.trim(model, [0, 1, 2, 3, 4])
+        slim_script.prune(layer(pipeline(tmp_path)), [0, 1, 2, 3, 4])
 
 
 def test_a_tokenizer_with_a_token_beside_its_wordpieces_is_refused(tiny_encoder, tmp_path):
@@ -136,25 +136,21 @@ def test_a_tokenizer_with_a_token_beside_its_wordpieces_is_refused(tiny_encoder,
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["[NOTE]"])
     tokenizer.save_pretrained(folder)
-    model = pipeline(folder).get_pipe("transformer").model
+    model = layer(pipeline(folder))
     with pytest.raises(UserError, match="not among its wordpieces"):
-        slim_script.trim(model, slim_script.needed_ids(model.tokenizer, KEPT, [], 300))
-
-
-def run(*arguments):
-    app = typer.Typer()
-    app.command()(slim_script.main)
-    return typer.testing.CliRunner().invoke(app, [str(argument) for argument in arguments])
+        slim_script.prune(model, slim_script.needed_ids(model.tokenizer, KEPT, [], 300))
 
 
 @pytest.mark.parametrize("make_slim", ["true", "False"])
-def test_the_command_makes_a_pipeline_that_finds_the_same(whole, tmp_path, make_slim):
+def test_the_command_makes_a_smaller_pipeline_or_copies_it(whole, tmp_path, make_slim):
     whole.to_disk(tmp_path / "model-last")
-    docs = [Doc(whole.vocab, words=text.split()) for text in KEPT]
-    DocBin(docs=docs).to_disk(tmp_path / "train.spacy")
-    (tmp_path / "train-it.tsv").write_text("Anna\tB-PER\n\n \tO\n")
-    options = ["--data", tmp_path, "--corpus", tmp_path / "train.spacy", "--lang", "it", "--pieces", 300, "--bits", 8]
-    result = run(tmp_path / "model-last", tmp_path / "model", make_slim, *options)
+    DocBin(docs=[Doc(whole.vocab, words=text.split()) for text in KEPT]).to_disk(tmp_path / "train.spacy")
+    (tmp_path / "train-xx.tsv").write_text("Anna\tB-PER\n\n \tO\n")
+    app = typer.Typer()
+    app.command()(slim_script.main)
+    options = ["--data", tmp_path, "--corpus", tmp_path / "train.spacy", "--lang", "xx", "--pieces", 300, "--bits", 8]
+    arguments = [tmp_path / "model-last", tmp_path / "model", make_slim, *options]
+    result = typer.testing.CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     before, after = ((tmp_path / name / "transformer" / "model").stat().st_size for name in ("model-last", "model"))
     assert after < 0.8 * before if make_slim == "true" else after == before
@@ -168,11 +164,7 @@ def test_wordpieces_of_sentences_that_were_not_trained_on_are_kept_too(tmp_path)
     assert texts == ["dell' Etna", "Bari", "Anna"]
 
 
-def test_a_language_without_word_list_keeps_what_the_training_sentences_need(capsys):
+def test_the_most_frequent_words_come_lowercase_and_capitalized_and_an_unknown_language_has_none(capsys):
+    assert {"che", "Che"} <= set(slim_script.frequent_words("it"))
     assert slim_script.frequent_words("xx") == []
     assert "xx" in capsys.readouterr().out
-
-
-def test_the_most_frequent_words_come_in_lower_case_and_with_a_capital():
-    words = slim_script.frequent_words("it")
-    assert {"che", "Che"} <= set(words)

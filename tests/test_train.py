@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import numpy
 import pytest
@@ -6,14 +7,14 @@ import spacy
 import srsly
 import torch
 from spacy.cli.train import train
-from spacy.tokens import Doc, DocBin
+from spacy.tokens import Doc, DocBin, Span
 from spacy.training import Corpus, Example
 from thinc.api import warmup_linear
 
 from conftest import ROOT
 from scripts import train as training
 from scripts.configure import configure
-from scripts.convert import convert_split
+from scripts.convert import convert_split, make_doc
 
 
 def optimizer(**changes):
@@ -115,44 +116,40 @@ def test_only_the_first_batch_of_a_run_is_empty_and_the_others_are_full():
 
 
 @pytest.fixture
-def italian():
+def annotated():
+    """An example with all kinds of annotation, of which one entity is missing."""
     nlp = spacy.blank("it")
-    training.split_quotes_and_initials()(nlp)
-    return nlp
+    words = ["Anna", "vive", "a", "Gießen", "."]
+    gold = Doc(nlp.vocab, words=words, spaces=[True, True, True, False, False], ents=["B-PER", "O", "O", None, "O"])
+    gold[1].tag_ = "V"
+    gold.cats = {"news": 1.0}
+    gold.spans["names"] = [Span(gold, 0, 1, label="PER")]
+    return Example(Doc(nlp.vocab, words=words, spaces=[True, True, True, False, False]), gold)
 
 
-@pytest.mark.parametrize(
-    ("text", "tokens"),
-    [
-        ("''Federer''6-4", ["''", "Federer", "''", "6", "-", "4"]),
-        ("Gioca in Serie B.", ["Gioca", "in", "Serie", "B", "."]),
-        ("Nacque nel 40 a.C. a Roma", ["Nacque", "nel", "40", "a.C.", "a", "Roma"]),
-        ("l'Aquila", ["l'", "Aquila"]),
-    ],
-)
-def test_the_tokenizer_splits_where_panx_ends_an_entity(italian, text, tokens):
-    assert [token.text for token in italian(text)] == tokens
+def test_letter_case_changes_a_share_of_the_texts(annotated):
+    nlp = spacy.blank("it")
+    augment = training.letter_case(0.5)
+    texts = [eg.text for _ in range(400) for eg in augment(nlp, annotated)]
+    assert 150 < texts.count("Anna vive a Gießen.") < 280
+    assert set(texts) == {
+        "Anna vive a Gießen.",
+        "ANNA VIVE A Gießen.",
+        "anna vive a gießen.",
+        "Anna Vive A Gießen.",
+        "ANNA vive a Gießen.",
+        "anna vive a Gießen.",
+    }
 
 
-def test_training_words_have_no_opening_quote_glued_to_them(italian):
-    gold = Doc(
-        italian.vocab,
-        words=["In", "''Strada", "di", "''Lost", "''", "''", "di", "l'Aquila"],
-        spaces=[True, True, True, False, True, False, True, False],
-        ents=["O", "O", "B-ORG", "I-ORG", "I-ORG", "O", "O", "B-LOC"],
-    )
-    (example,) = training.split_quotes()(italian, Example(gold.copy(), gold))
-    words = ["In", "''", "Strada", "di", "''", "Lost", "''", "''", "di", "l'Aquila"]
-    assert [t.text for t in example.reference] == [t.text for t in example.predicted] == words
-    assert [(ent.text, ent.label_) for ent in example.reference.ents] == [("di ''Lost''", "ORG"), ("l'Aquila", "LOC")]
-    assert example.predicted.text == example.reference.text == gold.text
-    assert not example.predicted.ents
-
-
-def test_an_entity_that_begins_with_a_glued_quote_begins_after_it(italian):
-    gold = Doc(italian.vocab, words=["''Lost", "''"], spaces=[False, False], ents=["B-ORG", "O"])
-    (example,) = training.split_quotes()(italian, Example(gold.copy(), gold))
-    assert [ent.text for ent in example.reference.ents] == ["Lost"]
+def test_letter_case_keeps_all_annotation_and_invents_none(annotated):
+    nlp = spacy.blank("it")
+    for _ in range(20):
+        (changed,) = training.letter_case(1.0)(nlp, annotated)
+        assert changed.get_aligned_ner() == ["U-PER", "O", "O", None, "O"]
+        assert changed.reference[1].tag_ == "V"
+        assert changed.reference.cats == {"news": 1.0}
+        assert [(span.start, span.end) for span in changed.reference.spans["names"]] == [(0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +158,7 @@ def runs(tmp_path_factory, tiny_encoder, sample):
     folders = []
     for run in ("a", "b"):
         folder = tmp_path_factory.mktemp(f"run-{run}")
-        docs, _ = convert_split(sample["train"][:50], spacy.blank("it").vocab, "train")
+        docs, _ = convert_split(sample["train"][:50], "train", partial(make_doc, spacy.blank("it").vocab))
         for name, part in (("train", docs), ("dev", docs[:20])):
             DocBin(docs=part).to_disk(folder / f"{name}.spacy")
         config = configure(
@@ -174,6 +171,7 @@ def runs(tmp_path_factory, tiny_encoder, sample):
             batch_size=24,
             epochs=2,
             seed=42,
+            letter_case=0.5,
             gpu_id=-1,
         )
         config["paths"] |= {"train": str(folder / "train.spacy"), "dev": str(folder / "dev.spacy")}

@@ -1,4 +1,4 @@
-"""What the wheel carries: the transformer layer, the entity recognizer and the tokenizer.
+"""What the wheel carries: the transformer layer and its pipes, the entity recognizer and the tokenizer.
 
 Importing this package registers their functions. No file here imports another, so that a wheel can hold them side by
 side.
@@ -9,9 +9,9 @@ from pathlib import Path
 import spacy
 from spacy.language import Language
 
-from scripts.pipeline import encoder, token_ner, tokenizer
+from scripts.pipeline import encoder, pipes, token_ner, tokenizer
 
-__all__ = ["encoder", "load_pipeline", "token_ner", "tokenizer"]
+__all__ = ["encoder", "load_pipeline", "pipes", "token_ner", "tokenizer"]
 
 
 def load_pipeline(model: str | Path, gpu_id: int = -1) -> Language:

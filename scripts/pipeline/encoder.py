@@ -1,17 +1,17 @@
-"""The transformer layer `panx_xlmr.TransformerModel.v1`: what spacy-transformers' own computes, at less cost.
+"""The transformer layer `panx_xlmr.TransformerModel.v1`.
 
-It fits into spacy-transformers' `transformer` pipe and feeds its listeners. It differs from
-`spacy-transformers.TransformerModel.v3` in this:
+It computes what `spacy-transformers.TransformerModel.v3` computes, at less cost, and feeds the same listeners:
 
-- A Doc's text is tokenized as a whole, in time linear in its length, and cut into windows of wordpieces, not of tokens.
-  Every wordpiece gets its vector from the window in which it has most context, and every token has a vector: one
-  without a wordpiece (white space, a zero-width character) takes that of the text's first special token.
-- Windows of like length run together, so that little is spent on padding.
-- On a CPU oneDNN multiplies the matrices, and prediction in 16 or 8 bits is there for the asking.
+- It tokenizes a Doc's text as a whole, in linear time, and cuts it into windows of wordpieces. Every wordpiece gets its
+  vector from the window with most context around it. Every token has a vector: one without a wordpiece (white space, a
+  zero-width character) gets that of the special token at the start.
+- Windows of similar length run together, which saves padding.
+- On a CPU it uses the faster of two matrix kernels. Prediction in 16 or 8 bits is optional.
 - In training only the embeddings that a batch reads have a gradient, not the whole table.
 """
 
 import copy
+import json
 import os
 import platform
 import tempfile
@@ -39,28 +39,29 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import no_init_weights
 
-# Wordpieces in a window without the special tokens, and how many of them the next window repeats.
+# Wordpieces per window without the special tokens, and how many of them the next window repeats.
 WINDOW, OVERLAP = 126, 32
-# Wordpieces, padding included, that run together. On a CPU small groups of like length waste least; a GPU wants much
-# work at a time.
+# Wordpieces per group of windows that run together, padding included. Small groups waste least padding on a CPU.
 GROUP_SIZE = {"cpu": 256, "cuda": 16384}
 Precision = Literal["float32", "bfloat16", "int8"]
-# On these processors PyTorch multiplies float32 matrices with MKL unless it is told otherwise.
+# PyTorch multiplies float32 matrices with MKL. oneDNN is faster where AVX-512 is there, slower elsewhere
+# (benchmarks/speed.py measures both).
 HAS_ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+USE_ONEDNN = HAS_ONEDNN and "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 if hasattr(os, "register_at_fork"):  # nlp.pipe(n_process=…) forks
-    # the tokenizer's threads: left out in a forked process, with a warning where the variable is not set
+    # without the variable, a forked tokenizer warns that it cannot use its threads
     os.register_at_fork(before=lambda: os.environ.setdefault("TOKENIZERS_PARALLELISM", "false"))
-    # a forked process would wait without end for the threads that PyTorch had started in its parent
+    # a forked process would wait forever for threads that PyTorch started in its parent
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 @dataclass
 class Window:
-    """Consecutive wordpieces of one text: `ids` with the special tokens around them.
+    """Consecutive wordpieces of one text: `ids`, special tokens included.
 
-    Row `row` + i of the batch's vectors is that of piece `first` + i of the window, for i below `count`.
+    Row `row` + i of the batch's vectors belongs to piece `first` + i of the window, for i below `count`.
     """
 
     ids: list[int]
@@ -69,8 +70,8 @@ class Window:
     count: int
 
 
-class EncoderBatch(FullTransformerBatch):
-    """The vectors of a batch of Docs: one row a wordpiece, text after text, a special token before each."""
+class VectorBatch(FullTransformerBatch):
+    """The vectors of a batch of Docs: one row per wordpiece, text after text, a special token before each text."""
 
     def __init__(self, doc_data: list[TransformerData], vectors: torch.Tensor) -> None:
         super().__init__(
@@ -81,14 +82,14 @@ class EncoderBatch(FullTransformerBatch):
             cached_doc_data=doc_data,
         )
 
-    def unsplit_by_doc(self, arrays: list[list[Floats3d]]) -> "EncoderBatch":
-        """The Docs' gradients, each of shape (1, wordpieces, width), as one batch's, shape (wordpieces, width)."""
+    def unsplit_by_doc(self, arrays: list[list[Floats3d]]) -> "VectorBatch":
+        """Concatenate the Docs' gradients, each of shape (1, wordpieces, width), to shape (wordpieces, width)."""
         xp = get_array_module(arrays[0][0])
-        return EncoderBatch([], xp2torch(xp.concatenate([gradient[0] for (gradient,) in arrays])))
+        return VectorBatch([], xp2torch(xp.concatenate([gradient[0] for (gradient,) in arrays])))
 
 
 class _OneDnnLinear(torch.autograd.Function):
-    """x Wᵀ + b and its gradients by oneDNN."""
+    """Compute x Wᵀ + b and its gradients with oneDNN."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -108,18 +109,15 @@ class _OneDnnLinear(torch.autograd.Function):
 
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    # the operator with which PyTorch's own compiler calls oneDNN
+    # the operator that PyTorch's compiler calls oneDNN with
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class Linear(torch.nn.Linear):
-    """PyTorch's linear layer, by oneDNN on a CPU.
-
-    PyTorch takes MKL for float32 there, which can be half as fast: benchmarks/speed.py compares both.
-    """
+    """PyTorch's linear layer, computed by oneDNN on a CPU."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x, shape (…, in), times the weights, shape (…, out)."""
+        """Map x of shape (…, in) to shape (…, out)."""
         if x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
             return super().forward(x)
         if torch.is_grad_enabled():
@@ -128,39 +126,41 @@ class Linear(torch.nn.Linear):
 
 
 class Int8Linear(torch.nn.Module):
-    """A linear layer with weights in 8 bits, one scale for each row, that rounds its input to 8 bits too (FBGEMM)."""
+    """A linear layer with 8-bit weights, one scale per row, that also rounds its input to 8 bits (FBGEMM)."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach()
         scales = (weight.abs().amax(dim=1) / 127).clamp_min(1e-12).double()
         with warnings.catch_warnings():
-            # deprecated in favour of a package that has no such layer for CPUs without a C++ compiler
+            # deprecated in favour of a package whose layer needs a C++ compiler on CPUs
             warnings.filterwarnings("ignore", category=UserWarning)
             zeros = torch.zeros(len(scales), dtype=torch.int64)
             rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
             self.packed = torch.ops.quantized.linear_prepack(rounded, linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x, shape (…, in), times the weights, shape (…, out)."""
+        """Map x of shape (…, in) to shape (…, out)."""
         return torch.ops.quantized.linear_dynamic(x, self.packed)
 
 
 class BFloat16Linear(torch.nn.Module):
-    """A linear layer that multiplies in bfloat16, between float32 and float32."""
+    """A linear layer that multiplies in bfloat16; input and output are float32."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = (p if p is None else p.detach().bfloat16() for p in (linear.weight, linear.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x, shape (…, in), times the weights, shape (…, out)."""
+        """Map x of shape (…, in) to shape (…, out)."""
         return torch.nn.functional.linear(x.bfloat16(), self.weight, self.bias).float()
 
 
 def _reduce_linear(module: torch.nn.Module) -> None:
-    """Puts linear layers in 8 bits into a transformer, in bfloat16 behind an activation (fewer outputs than inputs):
-    a few of its values are many times as large as the others, which 8 bits would not tell apart.
+    """Replace a transformer's linear layers by 8-bit ones, and by bfloat16 ones behind an activation.
+
+    Behind an activation (fewer outputs than inputs) a few values are many times larger than the others, so that 8 bits
+    would not resolve the rest.
     """
     for name, child in list(module.named_children()):
         if isinstance(child, torch.nn.Linear):
@@ -170,55 +170,54 @@ def _reduce_linear(module: torch.nn.Module) -> None:
 
 
 def lean(transformer: torch.nn.Module) -> torch.nn.Module:
-    """The same transformer with this file's linear layers, and without the pooler, whose output nobody reads."""
+    """Give the transformer the faster linear layers and drop its pooler, whose output nobody reads."""
     if getattr(transformer, "pooler", None) is not None:
         transformer.pooler = None
-    if HAS_ONEDNN:
+    if USE_ONEDNN:
         for module in transformer.modules():
             if type(module) is torch.nn.Linear:
-                module.__class__ = Linear  # parameters and names stay what they are
+                module.__class__ = Linear  # parameters and names stay the same
     return transformer
 
 
 def check_tokenizer_config(config: dict[str, Any]) -> None:
-    """Raises ValueError where a tokenizer_config.json names files: transformers would read them wherever they are, and
-    a pipeline would carry them along.
-    """
+    """Raise ValueError if a tokenizer_config.json names files: transformers would read them from anywhere."""
     if named := [name for name in ("vocab_file", "tokenizer_file", "merges_file", "spm_file") if config.get(name)]:
-        raise ValueError(f"The tokenizer's tokenizer_config.json names a file of its own ({named[0]}); do not use it.")
+        raise ValueError(f"The tokenizer's tokenizer_config.json names a file ({named[0]}); do not use this pipeline.")
 
 
-class EncoderShim(HFShim):
-    """Holds the transformer and its tokenizer; runs windows of wordpieces through it, many at a time."""
+class TransformerShim(HFShim):
+    """Hold the transformer and its tokenizer, and run windows of wordpieces through the transformer."""
 
     def __init__(self, *args: Any, precision: Precision, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.precision = precision
-        self.reduced: torch.nn.Module | None = None  # the transformer's copy for prediction in that precision
-        # since the last update: the rows of the embedding table that were read, and those rows as leaves of the graph
+        self.reduced: torch.nn.Module | None = None  # the transformer's copy for prediction in lower precision
+        # rows of the embedding table that were read since the last update, as leaves of the graph
         self.read: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def to_bytes(self) -> bytes:
-        """The tokenizer's files, the transformer's config, and its weights as safetensors, in as few bits as lose
-        nothing of them.
+        """Serialize the tokenizer's files, the transformer's config and its weights.
+
+        Weights are safetensors, stored losslessly in the smallest of int8, float16 and float32.
         """
         module, self._model = self._model, torch.nn.Module()
         try:
-            # all but the weights, which HFShim would pickle
+            # without the weights, which HFShim would pickle
             message = srsly.msgpack_loads(super().to_bytes())
         finally:
             self._model = module
         if message["config"]:
-            # where it was loaded from, a temporary folder maybe: the same pipeline is to be the same bytes
+            # the folder it was loaded from: the same pipeline must be the same bytes
             message["config"].pop("_name_or_path", None)
             message["state"] = save(_shortest(module.state_dict()))
         return srsly.msgpack_dumps(message)
 
-    def from_bytes(self, bytes_data: bytes) -> "EncoderShim":
-        """Takes what `to_bytes` gave; the weights are 32 bits again. No code that a file brings along is run.
+    def from_bytes(self, bytes_data: bytes) -> "TransformerShim":
+        """Load what `to_bytes` returned, with weights as float32. Code in the files is never run.
 
-        Raises ValueError for a tokenizer's file whose name leads out of its folder, and for a tokenizer that names
-        files of its own.
+        Raises ValueError for a tokenizer file whose name leads out of its folder, and for a tokenizer config that names
+        files.
         """
         message = srsly.msgpack_loads(bytes_data)
         if not message["config"]:
@@ -233,7 +232,8 @@ class EncoderShim(HFShim):
                         f"The pipeline's tokenizer has a file {file!r}, expected plain names; do not use it."
                     )
                 (folder / file).write_bytes(content)
-            check_tokenizer_config(srsly.json_loads(message["tokenizer"].get("tokenizer_config.json", b"{}")))
+            # json, because srsly refuses the 10**30 that Hugging Face writes for an unlimited model_max_length
+            check_tokenizer_config(json.loads(message["tokenizer"].get("tokenizer_config.json", b"{}")))
             tokenizer = AutoTokenizer.from_pretrained(folder, **settings, trust_remote_code=False)
             vocab_file = getattr(tokenizer, "vocab_file", None)
             vocab_file_contents = Path(vocab_file).read_bytes() if vocab_file else None
@@ -242,18 +242,19 @@ class EncoderShim(HFShim):
                 transformer = AutoModel.from_config(config, trust_remote_code=False)
         lean(transformer).load_state_dict(_full(load(message["state"])))
         self._model, self.reduced = transformer.to(get_torch_default_device()).eval(), None
+        prepare_tokenizer(tokenizer)
         self._hfmodel = HFObjects(tokenizer, transformer, vocab_file_contents, SimpleFrozenDict(), SimpleFrozenDict())
         return self
 
     def predict(self, windows: Sequence[Window]) -> torch.Tensor:
-        """The vectors of the windows' pieces, shape (rows, width), computed with dropout off."""
+        """Return the vectors of the windows' pieces, shape (rows, width), without dropout."""
         if self._model.training:
             self._model.eval()
-        with torch.inference_mode(), torch.autocast("cuda", enabled=self._mixed_precision):
+        with torch.inference_mode():
             return self._run(windows, self._model.get_input_embeddings(), self._predicting())
 
     def begin_update(self, windows: Sequence[Window]) -> tuple[torch.Tensor, Callable[[torch.Tensor], None]]:
-        """The vectors with dropout on, and the function that takes their gradient and adds up the parameters'."""
+        """Return the vectors, with dropout, and a function that accumulates gradients from the vectors' gradient."""
         transformer = self._model
         transformer.train()
         weight = transformer.get_input_embeddings().weight
@@ -264,21 +265,19 @@ class EncoderShim(HFShim):
             vectors = self._run(windows, lambda ids: embedding(torch.searchsorted(rows, ids), leaf), transformer)
 
         def backprop(gradient: torch.Tensor) -> None:
-            # what thinc's PyTorchShim does around a backward pass: scaled, so that half precision does not underflow
-            gradient = self._grad_scaler.scale(gradient, inplace=True)
-            torch.autograd.backward(vectors, gradient)
+            # scaled, so that half precision does not underflow; `finish_update` unscales
+            torch.autograd.backward(vectors, self._grad_scaler.scale(gradient, inplace=True))
             self.read.append((rows, leaf))
-            parameters = [*transformer.parameters(), leaf]
-            self._grad_scaler.unscale([p.grad for p in parameters if p.grad is not None])
 
         return vectors, backprop
 
     def finish_update(self, optimizer: Optimizer) -> None:
-        """Updates the parameters. An optimizer with a method `update_encoder` does it all in one call."""
+        """Update the parameters, in one call if the optimizer has a method `update_encoder`."""
         self.reduced = None
         embeddings = self._model.get_input_embeddings()
         read, self.read = [(rows, leaf.grad) for rows, leaf in self.read if leaf.grad is not None], []
         parameters = [(name, p) for name, p in self._model.named_parameters() if p.grad is not None]
+        self._grad_scaler.unscale([*(p.grad for _, p in parameters), *(gradient for _, gradient in read)])
         if hasattr(optimizer, "update_encoder"):
             if parameters and not self._grad_scaler.found_inf:
                 optimizer.update_encoder(self.id, parameters, embeddings.weight, read)
@@ -294,19 +293,21 @@ class EncoderShim(HFShim):
         embeddings.weight.grad = None
 
     def _predicting(self) -> torch.nn.Module:
-        """The transformer in the precision asked for; the table of embeddings is not copied."""
+        """Return the transformer in the requested precision; the embedding table is not copied."""
         if self.precision == "float32":
             return self._model
         if self.reduced is None:
             device = self._model.device
             table = self._model.get_input_embeddings()
-            self.reduced = copy.deepcopy(self._model, {id(table): torch.nn.Identity()})
+            # assigned when complete, since other threads may predict meanwhile
+            reduced = copy.deepcopy(self._model, {id(table): torch.nn.Identity()}).eval()
             if self.precision == "bfloat16":
-                self.reduced.to(torch.bfloat16)
+                reduced.to(torch.bfloat16)
             elif device.type == "cpu":
-                _reduce_linear(self.reduced)
+                _reduce_linear(reduced)
             else:
-                raise ValueError(f"Precision int8 is for the CPU, but the pipeline is on {device}; take bfloat16.")
+                raise ValueError(f"Precision int8 is for the CPU, but the pipeline is on {device}; use bfloat16.")
+            self.reduced = reduced
         return self.reduced
 
     def _run(
@@ -319,7 +320,7 @@ class EncoderShim(HFShim):
         outputs, places, padded = [], numpy.empty(sum(w.count for w in windows), dtype="int64"), 0
         for group in grouped_by_length(windows, GROUP_SIZE.get(device.type, GROUP_SIZE["cuda"])):
             length = max(len(window.ids) for window in group)
-            ids = numpy.full((len(group), length), windows[0].ids[0], dtype="int64")  # masked: any id that is read
+            ids = numpy.full((len(group), length), windows[0].ids[0], dtype="int64")  # masked, so any id will do
             mask = numpy.zeros((len(group), length), dtype="int64")
             for i, window in enumerate(group):
                 ids[i, : len(window.ids)] = window.ids
@@ -336,9 +337,9 @@ class EncoderShim(HFShim):
 
 
 def row_scales(matrix: torch.Tensor) -> torch.Tensor:
-    """For each row of a matrix, shape (rows, 1), the step at which 8-bit integers times it reach over the row's values.
+    """Return the quantization step of each row of a matrix, shape (rows, 1), for 8-bit integers.
 
-    A step has 16 significant bits only, so that its product with an 8-bit integer is exact in float32.
+    A step has 16 significant bits, so that its product with an 8-bit integer is exact in float32.
     """
     steps = (matrix.abs().amax(dim=1, keepdim=True) / 127).contiguous()
     rounded_up = ((steps.view(torch.int32) + 0xFF) & ~0xFF).view(torch.float32)
@@ -346,26 +347,32 @@ def row_scales(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _shortest(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights in as few bits as lose nothing: 8 and a scale for each row of a matrix, 16, or what they had."""
+    """Store weights losslessly in the smallest of int8 with a scale per row (matrices), float16 and float32."""
     short = {}
     for name, tensor in weights.items():
         tensor = tensor.detach().cpu().contiguous()
         short[name] = tensor
         if tensor.dtype != torch.float32:
             continue
-        half = tensor.half()
-        if torch.equal(half.float(), tensor):
+        if tensor.dim() == 2 and (rows := _in_8_bits(tensor)):
+            short |= {name: rows[0], f"{name}.scales": rows[1]}
+        elif torch.equal((half := tensor.half()).float(), tensor):
             short[name] = half
-        if tensor.dim() == 2:
-            scales = row_scales(tensor)
-            rows = (tensor / scales).round()
-            if torch.equal(rows * scales, tensor):
-                short |= {name: rows.to(torch.int8), f"{name}.scales": scales}
     return short
 
 
+def _in_8_bits(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the matrix as int8 and scales of shape (rows, 1), or None if that would lose anything."""
+    for part in (matrix[:8], matrix):  # a few rows decide quickly that a checkpoint does not fit
+        scales = row_scales(part)
+        rows = (part / scales).round()
+        if not torch.equal(rows * scales, part):
+            return None
+    return rows.to(torch.int8), scales
+
+
 def _full(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights that `_shortest` made short, in float32."""
+    """Return the weights that `_shortest` stored, in float32."""
     return {
         name: tensor * weights[f"{name}.scales"] if f"{name}.scales" in weights else tensor
         for name, tensor in weights.items()
@@ -373,8 +380,8 @@ def _full(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-class Encoder(TransformerModel):
-    """The thinc layer from Docs to an EncoderBatch; `tokenizer` and `transformer` are Hugging Face's objects."""
+class PanxTransformerModel(TransformerModel):
+    """The thinc layer from Docs to a VectorBatch; `tokenizer` and `transformer` are Hugging Face's objects."""
 
     def __init__(
         self,
@@ -387,8 +394,8 @@ class Encoder(TransformerModel):
         self.arguments = (name, tokenizer_config, transformer_config, mixed_precision, precision)
         super().__init__(name, _no_spans, tokenizer_config, transformer_config)
         objects = self.layers[0].shims[0]._hfmodel
-        # a scaler that is not enabled must not be shared: spacy-transformers writes into the dict it is given
-        self.layers[0].shims[0] = EncoderShim(
+        # a new dict, because spacy-transformers writes into it
+        self.layers[0].shims[0] = TransformerShim(
             objects, precision=precision, mixed_precision=mixed_precision, grad_scaler_config={}
         )
         self.attrs["replace_listener"] = _own_encoder
@@ -396,9 +403,9 @@ class Encoder(TransformerModel):
         self._func = forward
         self.init = _initialize
 
-    def copy(self) -> "Encoder":
-        """A copy with weights of its own."""
-        copied = Encoder(*self.arguments)
+    def copy(self) -> "PanxTransformerModel":
+        """Return a copy that shares no weights."""
+        copied = PanxTransformerModel(*self.arguments)
         copied.set_dim("nO", self.get_dim("nO"), force=True)
         copied.attrs["has_transformer"] = self.attrs["has_transformer"]
         copied.layers[0].shims[0] = copy.deepcopy(self.layers[0].shims[0])
@@ -406,24 +413,24 @@ class Encoder(TransformerModel):
 
 
 @registry.architectures("panx_xlmr.TransformerModel.v1")
-def encoder(
+def transformer_model(
     name: str,
     tokenizer_config: dict[str, Any],
     transformer_config: dict[str, Any],
     mixed_precision: bool,
     precision: Precision = "float32",
 ) -> Model[list[Doc], FullTransformerBatch]:
-    """A transformer of Hugging Face's for the pipe `transformer`; the first four arguments are those that
-    `spacy-transformers.TransformerModel.v3` has by the same names. The tokenizer must be a fast one.
+    """Load a Hugging Face transformer with a fast tokenizer.
 
-    precision: in which the matrices are multiplied in prediction. bfloat16 and int8 (which is for CPUs) are faster and
-    not exact: benchmarks/speed.py. Weights are kept, trained and stored in float32 all the same.
+    The first four arguments are those of `spacy-transformers.TransformerModel.v3`. precision: the precision of matrix
+    products in prediction; bfloat16 and int8 (CPU only) are faster and not exact. Weights are trained and stored in
+    float32.
     """
-    return Encoder(name, tokenizer_config, transformer_config, mixed_precision, precision)
+    return PanxTransformerModel(name, tokenizer_config, transformer_config, mixed_precision, precision)
 
 
 @registry.architectures("panx_xlmr.Tok2VecTransformer.v1")
-def tok2vec_encoder(
+def tok2vec_transformer(
     name: str,
     tokenizer_config: dict[str, Any],
     transformer_config: dict[str, Any],
@@ -432,15 +439,16 @@ def tok2vec_encoder(
     grad_factor: float,
     precision: Precision = "float32",
 ) -> Model[list[Doc], list[Floats2d]]:
-    """The same transformer inside a pipe of its own, which is what `nlp.replace_listeners` makes of a listener, whose
-    arguments `pooling` and `grad_factor` are.
+    """Build the transformer inside another pipe, as `nlp.replace_listeners` does with a listener.
+
+    pooling, grad_factor: the listener's arguments.
     """
-    model = Encoder(name, tokenizer_config, transformer_config, mixed_precision, precision)
+    model = PanxTransformerModel(name, tokenizer_config, transformer_config, mixed_precision, precision)
     return chain(_own_encoder(model), trfs2arrays(pooling, grad_factor))
 
 
-def _own_encoder(model: Encoder) -> Model[list[Doc], list[TransformerData]]:
-    # one node, as the listener in whose place it comes: a chain would be flattened when the config is read again
+def _own_encoder(model: PanxTransformerModel) -> Model[list[Doc], list[TransformerData]]:
+    # one node, as the listener that it replaces: a chain would be flattened when the config is read again
     return Model("own-encoder", _forward_own, init=_initialize_own, layers=[model])
 
 
@@ -465,21 +473,22 @@ def _own_encoder_config(encoder_config: dict[str, Any], listener_config: dict[st
 
 
 def _no_spans(docs: list[Doc]) -> list[list[Span]]:
-    return [[] for _ in docs]  # what is cut into windows here are wordpieces, not Docs
+    return [[] for _ in docs]  # windows are cut from wordpieces, not from Docs
 
 
-def _initialize(model: Encoder, X: Any = None, Y: Any = None) -> None:
+def _initialize(model: PanxTransformerModel, X: Any = None, Y: Any = None) -> None:
     if not model.attrs["has_transformer"]:
         config = (model._init_tokenizer_config, model._init_transformer_config)
         objects = huggingface_from_pretrained(model.attrs["name"], *config)
         lean(objects.transformer)
+        prepare_tokenizer(objects.tokenizer)
         model.attrs["set_transformer"](model, objects)
 
 
 def forward(
-    model: Encoder, docs: list[Doc], is_train: bool
-) -> tuple[EncoderBatch, Callable[[EncoderBatch], list[Doc]]]:
-    """The vectors of the Docs' wordpieces, and the function that takes their gradient."""
+    model: PanxTransformerModel, docs: list[Doc], is_train: bool
+) -> tuple[VectorBatch, Callable[[VectorBatch], list[Doc]]]:
+    """Return the vectors of the Docs' wordpieces, and the function that backpropagates their gradient."""
     windows, aligned = wordpiece_windows(model.tokenizer, docs)
     shim = model.layers[0].shims[0]
     vectors, backprop = shim(windows, is_train)
@@ -493,30 +502,22 @@ def forward(
         doc_data.append(TransformerData(wordpieces=wordpieces, model_output=output, align=align))
         row += rows
 
-    def backprop_docs(gradient: EncoderBatch) -> list[Doc]:
+    def backprop_docs(gradient: VectorBatch) -> list[Doc]:
         backprop(gradient.model_output.last_hidden_state)
         return docs
 
-    return EncoderBatch(doc_data, vectors), backprop_docs
+    return VectorBatch(doc_data, vectors), backprop_docs
 
 
 def wordpiece_windows(
     tokenizer: PreTrainedTokenizerFast, docs: Sequence[Doc]
 ) -> tuple[list[Window], list[tuple[WordpieceBatch, Ragged]]]:
-    """The windows of all Docs, and for each Doc its wordpieces and how its tokens align with them.
+    """Return the windows of all Docs, and for each Doc its wordpieces and their alignment with its tokens.
 
-    A Doc's wordpieces are one sequence that begins with the special token before a text; a Doc without tokens has
-    none. A token aligns with every wordpiece that holds one of its characters, or else with the special token.
-    Raises ValueError for a tokenizer that does not say where in the text its wordpieces stand.
+    A Doc's wordpieces are one sequence that begins with a special token; a Doc without tokens has none. A token aligns
+    with every wordpiece that holds one of its characters, or else with the special token.
     """
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} is no fast tokenizer, so that wordpieces cannot be aligned with tokens; give "
-            "an encoder with a tokenizer.json, or install what converts its tokenizer."
-        )
     before, after = special_ids(tokenizer)
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
     encodings = tokenizer.backend_tokenizer.encode_batch([doc.text for doc in docs], add_special_tokens=False)
     windows, aligned, row = [], [], 0
     for doc, encoding in zip(docs, encodings, strict=True):
@@ -525,7 +526,7 @@ def wordpiece_windows(
             continue
         ids = encoding.ids
         for start, end, first, last in window_bounds(len(ids)):
-            # the text's first row is that of the special token, which its first window has just before its wordpieces
+            # the text's first row belongs to the special token, which stands before the first window's wordpieces
             special = int(start == 0)
             windows.append(
                 Window(
@@ -547,23 +548,35 @@ def wordpiece_windows(
     return windows, aligned
 
 
-def special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and after a text.
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Turn off truncation and padding, once: while other threads tokenize, changing them raises "Already borrowed".
 
-    Raises ValueError where there is none before it.
+    Raises ValueError for a tokenizer that does not return its wordpieces' offsets.
     """
-    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer: its wordpieces cannot be aligned with tokens; "
+            "use an encoder with a tokenizer.json, or install the package that converts its tokenizer."
+        )
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """Return the ids of the special tokens before and after a text. Raises ValueError if there is none before it."""
+    encode = tokenizer.backend_tokenizer.encode
+    plain, whole = (encode("a", add_special_tokens=special).ids for special in (False, True))
     for start in range(1, len(whole)):
         if whole[start : start + len(plain)] == plain:
             return whole[:start], whole[start + len(plain) :]
-    raise ValueError(f"{type(tokenizer).__name__} puts no special token before a text; give an encoder whose does.")
+    raise ValueError(f"{type(tokenizer).__name__} puts no special token before a text; use an encoder that needs one.")
 
 
 def window_bounds(length: int) -> Iterator[tuple[int, int, int, int]]:
-    """Windows over `length` wordpieces: (start, end, first, last).
+    """Yield windows over `length` wordpieces: (start, end, first, last).
 
-    The window holds the wordpieces from `start` up to `end`, and gives the vectors from `first` up to `last`: where two
-    windows overlap, each half of the overlap belongs to the window that shows more on its other side.
+    The window holds the wordpieces from `start` to `end` and yields the vectors from `first` to `last`: each half of an
+    overlap belongs to the window with more context around it.
     """
     start = 0
     while True:
@@ -575,10 +588,10 @@ def window_bounds(length: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def align_tokens(doc: Doc, offsets: Sequence[tuple[int, int]]) -> Ragged:
-    """Which rows of the Doc's wordpieces each token has: row i + 1 for wordpiece i, row 0 where there is none.
+    """Return the rows of each token's wordpieces: row i + 1 for wordpiece i, row 0 if a token has none.
 
-    offsets: for each wordpiece, where in the text its characters begin and end; the space before a word is one of them,
-    and a wordpiece that stands for such a space only is passed over.
+    offsets: the first character of each wordpiece and the one after its last. The space before a word belongs to its
+    wordpiece; a wordpiece of such a space alone is skipped.
     """
     starts, ends = numpy.array(offsets, dtype="int64").reshape(-1, 2).T
     token_starts = numpy.array([token.idx for token in doc], dtype="int64")
@@ -591,13 +604,13 @@ def align_tokens(doc: Doc, offsets: Sequence[tuple[int, int]]) -> Ragged:
     lengths = numpy.searchsorted(starts, token_ends, side="left") - first
     rows = numpy.where(lengths > 0, first + 1, 0)
     lengths = numpy.maximum(lengths, 1)
-    # each token's rows are consecutive: count up from its first one
+    # a token's rows are consecutive: count up from its first one
     step = numpy.arange(lengths.sum()) - numpy.repeat(numpy.cumsum(lengths) - lengths, lengths)
     return Ragged((numpy.repeat(rows, lengths) + step).astype("i"), lengths.astype("i"))
 
 
 def grouped_by_length(windows: Sequence[Window], size: int) -> Iterator[list[Window]]:
-    """Windows of like length together, at most `size` wordpieces a group with padding, at least one window."""
+    """Yield groups of windows of similar length: at most `size` wordpieces with padding, or one window."""
     group: list[Window] = []
     for window in sorted(windows, key=lambda window: len(window.ids)):
         if group and len(window.ids) * (len(group) + 1) > size:

@@ -1,8 +1,13 @@
-"""The pipe `token_ner`: named entities by classifying each token's IOB2 tag, on top of a shared transformer.
+"""The entity recognizer `panx_xlmr_ner_v2`: one IOB2 tag per word and a CRF, on top of a shared transformer.
 
-The installable package carries this file, as it carries encoder.py and linear_tokenizer.py.
+From a text to `doc.ents`: `tag_sequences` groups spaCy's tokens into words and sequences; the listener gives each word
+the vector of its first token's first wordpiece; a linear layer turns vectors into scores of tags; `decode_iob2` finds
+the best valid sequence; `segment_probabilities` says how likely each entity is.
+From gold entities to the gradient: `gold_tags` reads a tag per token, `_word_tag` one per word;
+`negative_log_likelihood` compares the sequences that agree with these tags with all valid ones.
 """
 
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,21 +22,32 @@ from spacy.training import Example, biluo_to_iob, validate_examples, validate_ge
 from spacy.vocab import Vocab
 from thinc.api import Config, Dropout, Linear, Model, Ops, chain, torch2xp, with_array, xp2torch
 from thinc.types import Floats1d, Floats2d, FloatsXd
-from torch.nn.utils.rnn import pad_sequence
 
-OUTSIDE = 0  # tag ids: O is 0, then come B and I of each label in turn
-MASKED = -1  # stands for the tag of a token that is not annotated or cannot be aligned
+FACTORY = "panx_xlmr_ner_v2"  # the number changes with the stored format
+OUTSIDE = 0  # tag ids: O is 0, then B and I of each label in turn
+MASKED = -1  # a missing tag: not annotated, or not aligned
 APOSTROPHES = frozenset("'’")
 QUOTES = APOSTROPHES | frozenset('"`‘“”«»')
-PUNCTUATION = QUOTES | frozenset("()[]{},;:.!?%…¿¡")
-IMPOSSIBLE = -1e4  # the score of what may not be: finite, so that no gradient becomes nan
+HYPHENS = frozenset("-\u2010\u2011")
+JOINERS = frozenset("\u00ad\u200c\u200d")  # invisible characters inside words
+MAX_TOKENS = 8192  # tokens whose vectors a stream keeps in memory at a time
+IMPOSSIBLE = -1e4  # the score of a forbidden transition: finite, so that gradients are never nan
 
-if not Span.has_extension("score"):
-    Span.set_extension("score", default=None)
+# spaCy keeps a span's extensions by character offsets only, so that the label is stored with the score
+SCORED = "_panx_scored"
+if not Span.has_extension("panx_score"):
+    Span.set_extension(SCORED, default=None)
+    Span.set_extension("panx_score", getter=lambda span: _score(span))
+
+
+def _score(span: Span) -> float | None:
+    label, probability = span._.get(SCORED) or (None, None)
+    return probability if label == span.label_ else None
+
 
 DEFAULT_MODEL = """
 [model]
-@architectures = "panx_xlmr.CrfTokenClassifier.v1"
+@architectures = "panx_xlmr.CrfTokenClassifier.v2"
 
 [model.tok2vec]
 @architectures = "spacy-transformers.TransformerListener.v1"
@@ -42,10 +58,10 @@ pooling = {"@layers":"reduce_first.v1"}
 
 @dataclass
 class TagScores:
-    """What the model says of a batch of Docs: unnormalised log-probabilities, or their gradient.
+    """The model's scores for a batch of Docs, as unnormalised log-probabilities, or their gradient.
 
-    emissions: for each Doc an array of shape (tokens, tags). transitions: shape (tags, tags), from the row's tag to the
-    column's. start: shape (tags,), of a sequence that begins with the tag.
+    emissions: an array of shape (tokens, tags) per Doc. transitions: shape (tags, tags), from the row's tag to the
+    column's. start: shape (tags,), for the first tag of a sequence.
     """
 
     emissions: list[Floats2d]
@@ -54,19 +70,18 @@ class TagScores:
 
 
 def _bert_init(ops: Ops, shape: tuple[int, ...]) -> numpy.ndarray:
-    # Devlin et al. 2019 start every linear layer so; numpy's generator is the one that spaCy's seed sets
+    # as Devlin et al. 2019 initialise every linear layer; numpy's generator, because spaCy seeds it
     return ops.asarray(numpy.random.normal(scale=0.02, size=shape).astype("float32"))
 
 
-@registry.architectures("panx_xlmr.CrfTokenClassifier.v1")
+@registry.architectures("panx_xlmr.CrfTokenClassifier.v2")
 def crf_token_classifier(
     tok2vec: Model[list[Doc], list[Floats2d]], nO: int | None = None
 ) -> Model[list[Doc], TagScores]:
-    """Dropout and a linear layer on each token's vector, and scores for each pair of adjacent tags: a linear-chain
-    conditional random field (Lafferty, McCallum and Pereira 2001), whose scores start from zero.
+    """Build a linear-chain conditional random field (Lafferty, McCallum and Pereira 2001) on token vectors.
 
-    tok2vec: gives an array of shape (tokens, width) for each Doc. nO: the number of tags, known once the pipe has its
-    labels.
+    Dropout and a linear layer score each token's tags; learned transitions, initially zero, score adjacent tags.
+    tok2vec: returns an array of shape (tokens, width) per Doc. nO: the number of tags, set when the labels are known.
     """
     output_layer = Linear(nO, init_W=_bert_init)
     transitions = transition_scores(nO)
@@ -77,7 +92,7 @@ def crf_token_classifier(
 
 
 def transition_scores(nO: int | None) -> Model[list[Floats2d], TagScores]:
-    """Adds the scores of a sequence's first tag and of each pair of adjacent tags, nO tags, to the scores of tokens."""
+    """Add learned scores for the first tag and for adjacent tags, nO tags, to the tokens' scores."""
     parameters = {"transitions": None, "start": None}
     return Model("transitions", _forward_transitions, init=_init_transitions, dims={"nO": nO}, params=parameters)
 
@@ -99,32 +114,33 @@ def _forward_transitions(
     return TagScores(emissions, model.get_param("transitions"), model.get_param("start")), backprop
 
 
-@Language.factory(
-    "token_ner",
-    assigns=["doc.ents", "token.ent_iob", "token.ent_type"],
-    default_config={
-        "model": Config().from_str(DEFAULT_MODEL)["model"],
-        "scorer": {"@scorers": "spacy.ner_scorer.v1"},
-    },
-    default_score_weights={"ents_f": 1.0, "ents_p": 0.0, "ents_r": 0.0, "ents_per_type": None},
-)
-def make_token_ner(
-    nlp: Language, name: str, model: Model[list[Doc], list[Floats2d]], scorer: Callable | None
-) -> "TokenNer":
-    """Creates the pipe from a config; see TokenNer."""
+def make_token_ner(nlp: Language, name: str, model: Model[list[Doc], TagScores], scorer: Callable | None) -> "TokenNer":
+    """Create the pipe from a config; see TokenNer."""
     return TokenNer(nlp.vocab, model, name, scorer=scorer)
 
 
+if not Language.has_factory(FACTORY):  # another package of this format may have registered it
+    Language.factory(
+        FACTORY,
+        assigns=["doc.ents", "token.ent_iob", "token.ent_type"],
+        default_config={
+            "model": Config().from_str(DEFAULT_MODEL)["model"],
+            "scorer": {"@scorers": "spacy.ner_scorer.v1"},
+        },
+        default_score_weights={"ents_f": 1.0, "ents_p": 0.0, "ents_r": 0.0, "ents_per_type": None},
+        func=make_token_ner,
+    )
+
+
 class TokenNer(TrainablePipe):
-    """Sets `doc.ents` from one IOB2 tag per token.
+    """Set `doc.ents` from one IOB2 tag per word.
 
-    The tags of a Doc are the sequence with the highest sum of scores among those that are valid IOB2 (Viterbi
-    decoding), so an entity never begins with an I- tag of another label. White space has no tag: an entity may go on
-    after it, but not after an empty line. Entities and blocked tokens that earlier pipes set are kept, as spaCy's own
-    `ner` keeps them; only the tokens between them are labelled.
+    The tags are the valid IOB2 sequence with the highest score (Viterbi decoding). White space has no tag: an entity
+    may continue after a line break, but not after an empty line or a tab. As with spaCy's `ner`, entities and blocked
+    tokens set by earlier pipes are kept, and only the tokens between them are labelled.
 
-    `span._.score` of an entity that this pipe has set is the probability that it is one, with just these boundaries
-    and this label; of any other span it is None.
+    `span._.panx_score` is the probability that an entity found by this pipe is right, boundaries and label included. It
+    is None for every other span, also for one with the same boundaries and another label.
     """
 
     def __init__(
@@ -140,7 +156,7 @@ class TokenNer(TrainablePipe):
 
     @property
     def temperature(self) -> float:
-        """What all scores are divided by for `span._.score`: what scripts/calibrate.py has found, or else 1."""
+        """The divisor of all scores for `span._.panx_score`, set by scripts/calibrate.py; 1 by default."""
         return self.cfg.get("temperature", 1.0)
 
     @property
@@ -150,7 +166,7 @@ class TokenNer(TrainablePipe):
 
     @property
     def label_data(self) -> tuple[str, ...]:
-        """What `spacy init labels` stores and `initialize(labels=…)` takes."""
+        """The labels, as `spacy init labels` stores them and `initialize(labels=…)` takes them."""
         return self.labels
 
     @property
@@ -159,9 +175,9 @@ class TokenNer(TrainablePipe):
         return ("O", *(f"{prefix}-{label}" for label in self.labels for prefix in "BI"))
 
     def add_label(self, label: str) -> int:
-        """Adds an entity label, also to a trained pipe, whose other scores stay as they are.
+        """Add an entity label, also to a trained pipe, and keep all other scores.
 
-        Returns 1, or 0 if the label is there already. Raises ValueError for anything but a non-empty string.
+        Returns 1, or 0 if the label exists. Raises ValueError for anything but a non-empty string.
         """
         if not isinstance(label, str) or not label:
             raise ValueError(f"An entity label is a non-empty string, not {label!r}.")
@@ -171,7 +187,7 @@ class TokenNer(TrainablePipe):
         self.vocab.strings.add(label)
         old = self.model.get_ref("output_layer")
         if old.has_param("W"):
-            # thinc fixes the size of a layer that has weights, so that larger ones have to take their places
+            # thinc fixes the size of a layer that has weights, so replace it by a larger one
             tags = len(self.tags)
             new = Linear(tags, old.get_dim("nI"))
             for parameter in ("W", "b"):
@@ -194,9 +210,9 @@ class TokenNer(TrainablePipe):
         nlp: Language | None = None,
         labels: Sequence[str] | None = None,
     ) -> None:
-        """Takes the labels from `labels`, or else from the examples' entities in alphabetical order; sets up the model.
+        """Initialize the model with `labels`, or else with the examples' entity labels in alphabetical order.
 
-        Raises ValueError where `get_examples` gives nothing usable or there is no label at all.
+        Raises ValueError if `get_examples` returns no examples or if there is no label.
         """
         validate_get_examples(get_examples, "TokenNer.initialize")
         if labels is None:
@@ -209,7 +225,7 @@ class TokenNer(TrainablePipe):
         self.model.initialize(X=[next(iter(get_examples())).reference])
 
     def predict(self, docs: Iterable[Doc]) -> TagScores:
-        """The scores of each Doc's tags."""
+        """Return the scores of each Doc's tags."""
         docs = list(docs)
         if any(len(doc) for doc in docs):
             return self.model.predict(docs)
@@ -218,75 +234,94 @@ class TokenNer(TrainablePipe):
         return TagScores(nothing, transitions.get_param("transitions"), transitions.get_param("start"))
 
     def set_annotations(self, docs: Iterable[Doc], scores: TagScores) -> None:
-        """Decodes each Doc's scores and sets its entities."""
+        """Decode each Doc's scores and set its entities."""
         docs = list(docs)
         if not docs:
             return
         sequences = [list(tag_sequences(doc)) for doc in docs]
-        # one array for all Docs, since each copy from a GPU waits for it
+        # one array for all Docs: each copy from a GPU is a synchronisation
         every, *parameters = map(
             self.model.ops.to_numpy,
             (self.model.ops.xp.concatenate(scores.emissions), scores.transitions, scores.start),
         )
         ends = numpy.cumsum([len(doc_scores) for doc_scores in scores.emissions])
         emissions = [
-            every[[end - len(doc) + start for start, _ in units]]
+            every[[end - len(doc) + start for start, _ in words]]
             for doc, end, doc_sequences in zip(docs, ends, sequences, strict=True)
-            for units in doc_sequences
+            for words in doc_sequences
         ]
         segments = [list(_entities(tags)) for tags in decode_iob2(emissions, *parameters)]
         probabilities = segment_probabilities(emissions, *parameters, segments, self.temperature)
         found = iter(zip(segments, probabilities, strict=True))
         for doc, doc_sequences in zip(docs, sequences, strict=True):
             scored = {
-                Span(doc, units[first][0], units[last - 1][1], label=self.labels[label]): probability
-                for units in doc_sequences
+                Span(doc, words[first][0], words[last - 1][1], label=self.labels[label]): probability
+                for words in doc_sequences
                 for (first, last, label), probability in zip(*next(found), strict=True)
             }
             doc.set_ents([*doc.ents, *scored], blocked=_blocked(doc))
             for span, probability in scored.items():
-                span._.score = probability
+                span._.set(SCORED, (span.label_, probability))
 
     def get_loss(self, examples: Iterable[Example], scores: TagScores) -> tuple[float, TagScores]:
-        """The negative log-likelihood, in nats, of the gold tags, divided by the number of them, and its gradient.
+        """Return the negative log-likelihood of the gold tags, in nats per gold tag, and its gradient.
 
-        Where the annotation is missing, or cannot be aligned with the gold tokens, any tag will do (Tsuboi et al.
-        2008). Raises ValueError for a gold label that the pipe does not know.
+        A missing tag (not annotated, or not aligned with the gold tokens) may be any tag (Tsuboi et al. 2008). Raises
+        ValueError for a gold label that the pipe does not have.
         """
         validate_examples(examples, "TokenNer.get_loss")
         lengths = [len(doc_scores) for doc_scores in scores.emissions]
         rows, gold = [], []
         for example, end in zip(examples, numpy.cumsum(lengths), strict=True):
             tags = self.gold_tags(example)
-            for units in tag_sequences(example.predicted):
-                rows.append([int(end) - len(tags) + start for start, _ in units])
-                gold.append([_unit_tag(tags[start:stop]) for start, stop in units])
+            for words in tag_sequences(example.predicted):
+                rows.append([int(end) - len(tags) + start for start, _ in words])
+                gold.append([_word_tag(tags[start:stop]) for start, stop in words])
         emissions, transitions, start = leaves = [
             xp2torch(scores, requires_grad=True)
             for scores in (self.model.ops.xp.concatenate(scores.emissions), scores.transitions, scores.start)
         ]
         count = sum(tag != MASKED for tags in gold for tag in tags)
-        loss = negative_log_likelihood([emissions[r] for r in rows], transitions, start, gold) / max(count, 1)
+        device = emissions.device
+        padded = emissions[torch.from_numpy(_padded(rows, 0)).to(device)]
+        loss = negative_log_likelihood(padded, transitions, start, gold) / max(count, 1)
         gradients = [torch2xp(g) for g in torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
         by_doc = self.model.ops.unflatten(gradients[0], numpy.array(lengths, dtype="int32"))
         return float(loss.detach()), TagScores(by_doc, *gradients[1:])
 
     def gold_tags(self, example: Example) -> list[int]:
-        """The gold tag id of each token of `example.predicted`, MASKED where there is none."""
+        """Return the gold tag id of each token of `example.predicted`, MASKED where there is none."""
         ids = {tag: i for i, tag in enumerate(self.tags)}
         tags = biluo_to_iob(example.get_aligned_ner())
         try:
             return [MASKED if tag is None else ids[tag] for tag in tags]
         except KeyError as error:
             raise ValueError(
-                f"The gold tag {error} is of no label of the pipe '{self.name}', which knows {', '.join(self.labels)}; "
-                "add the label before training."
+                f"The gold tag {error} has a label that the pipe '{self.name}' does not have "
+                f"({', '.join(self.labels)}); add the label before training."
             ) from None
+
+    def pipe(self, stream: Iterable[Doc], *, batch_size: int = 128) -> Iterator[Doc]:
+        """Annotate a stream in batches of at most `batch_size` Docs and MAX_TOKENS tokens, which bounds its memory."""
+        for docs in _batches(stream, batch_size):
+            yield from super().pipe(docs, batch_size=len(docs))
+
+
+def _batches(stream: Iterable[Doc], size: int) -> Iterator[list[Doc]]:
+    batch: list[Doc] = []
+    for doc in stream:
+        batch.append(doc)
+        if len(batch) == size or sum(map(len, batch)) >= MAX_TOKENS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def allowed_transitions(tags: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Which of IOB2's tags may follow which, booleans of shape (tags, tags), and which may begin a sequence: O and B-
-    anywhere, I- after the B- or I- of its own label only.
+    """Return which tags may follow which, booleans of shape (tags, tags), and which may begin a sequence.
+
+    In IOB2, O and B- may stand anywhere, I- only after B- or I- of the same label.
     """
     follows = numpy.ones((tags, tags), dtype=bool)
     inside = numpy.arange(2, tags, 2)
@@ -297,42 +332,58 @@ def allowed_transitions(tags: int) -> tuple[numpy.ndarray, numpy.ndarray]:
     return follows, begins
 
 
-def negative_log_likelihood(
-    emissions: Sequence[torch.Tensor], transitions: torch.Tensor, start: torch.Tensor, gold: Sequence[Sequence[int]]
-) -> torch.Tensor:
-    """The sum over sequences of minus the log-probability, in nats, of their gold tags among all valid IOB2 sequences.
+def _padded(sequences: Sequence[Sequence[int]], filler: int) -> numpy.ndarray:
+    """Return the sequences as one array of shape (sequences, longest)."""
+    lengths = numpy.array([len(sequence) for sequence in sequences], dtype="int64")
+    padded = numpy.full((len(sequences), lengths.max(initial=0)), filler, dtype="int64")
+    padded[numpy.arange(padded.shape[1]) < lengths[:, None]] = [i for sequence in sequences for i in sequence]
+    return padded
 
-    emissions: for each sequence a tensor of shape (tokens, tags). gold: tag ids, MASKED where any tag will do. It is
-    the forward algorithm (Rabiner 1989) over all sequences, less the one over those that agree with the gold tags.
+
+def negative_log_likelihood(
+    emissions: torch.Tensor, transitions: torch.Tensor, start: torch.Tensor, gold: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Return the sum over sequences of -log P(gold tags | valid IOB2 sequences), in nats.
+
+    emissions: shape (sequences, longest, tags); rows beyond a sequence's length are ignored. gold: tag ids of each
+    sequence, MASKED where any tag will do. The partition functions come from the forward algorithm (Rabiner 1989) over
+    all sequences and over those that agree with the gold tags. Matrices of adjacent tags are multiplied in pairs, in
+    the log semiring, so that the number of GPU kernels grows with the logarithm of the length.
     """
-    lengths = torch.tensor([len(tags) for tags in gold], device=start.device)
-    if not lengths.any():
-        return transitions.sum() * 0
-    follows, begins = (torch.from_numpy(allowed).to(start.device) for allowed in allowed_transitions(len(start)))
-    transitions = transitions.masked_fill(~follows, IMPOSSIBLE)
-    start = start.masked_fill(~begins, IMPOSSIBLE)
-    free = pad_sequence(emissions, batch_first=True)
-    tags = pad_sequence([torch.tensor(tags, dtype=torch.int64) for tags in gold], batch_first=True).to(start.device)
-    agrees = (tags[..., None] == MASKED) | (tags[..., None] == torch.arange(len(start), device=start.device))
-    scores = torch.cat([free, free.masked_fill(~agrees, IMPOSSIBLE)])
-    ended = torch.arange(scores.shape[1], device=start.device) >= lengths.repeat(2)[:, None]
-    forward = start + scores[:, 0]
-    for i in range(1, scores.shape[1]):
-        onward = torch.logsumexp(forward[:, :, None] + transitions, dim=1) + scores[:, i]
-        forward = torch.where(ended[:, i, None], forward, onward)
-    every, agreeing = torch.logsumexp(forward, dim=1).where(lengths.repeat(2) > 0, 0.0).chunk(2)
+    if not any(gold):
+        return (emissions.sum() + transitions.sum() + start.sum()) * 0
+    device, tags = start.device, len(start)
+    follows, begins = (torch.from_numpy(allowed).to(device) for allowed in allowed_transitions(tags))
+    lengths = torch.tensor([len(some) for some in gold]).repeat(2).to(device)
+    known = torch.from_numpy(_padded(gold, MASKED)).to(device)[..., None]
+    agrees = (known == MASKED) | (known == torch.arange(tags, device=device))
+    scores = torch.cat([emissions, emissions.masked_fill(~agrees, IMPOSSIBLE)])
+    # shape (sequences, length - 1, tags, tags): from each tag to each next one; the identity beyond the end
+    steps = transitions.masked_fill(~follows, IMPOSSIBLE) + scores[:, 1:, None, :]
+    identity = torch.full((tags, tags), IMPOSSIBLE, device=device).fill_diagonal_(0.0)
+    inside = torch.arange(1, scores.shape[1], device=device) < lengths[:, None]
+    steps = torch.where(inside[..., None, None], steps, identity)
+    while steps.shape[1] > 1:
+        if steps.shape[1] % 2:
+            steps = torch.cat([steps, identity.expand(len(steps), 1, tags, tags)], dim=1)
+        steps = torch.logsumexp(steps[:, ::2, :, :, None] + steps[:, 1::2, None, :, :], dim=3)
+    forward = start.masked_fill(~begins, IMPOSSIBLE) + scores[:, 0]
+    if steps.shape[1]:
+        forward = torch.logsumexp(forward[:, :, None] + steps[:, 0], dim=1)
+    every, agreeing = torch.logsumexp(forward, dim=1).where(lengths > 0, 0.0).chunk(2)
     return (every - agreeing).sum()
 
 
 def decode_iob2(
     emissions: Sequence[numpy.ndarray], transitions: numpy.ndarray, start: numpy.ndarray
 ) -> list[numpy.ndarray]:
-    """The best valid IOB2 sequence of tag ids for each array of scores, shape (tokens, tags): Viterbi decoding
-    (Forney 1973), of all sequences at a time.
+    """Return the best valid IOB2 tag ids for each array of scores, shape (words, tags): Viterbi decoding (Forney 1973).
+
+    All sequences are decoded together, one word at a time.
     """
     follows, begins = allowed_transitions(len(start))
     transitions = numpy.where(follows, transitions, -numpy.inf)
-    # the longest first: the sequences that have a token number i are then the first ones
+    # longest first, so that the sequences that have an i-th word come first
     order = sorted(range(len(emissions)), key=lambda i: -len(emissions[i]))
     lengths = numpy.array([len(emissions[i]) for i in order], dtype="int64")
     tags = [numpy.zeros(len(scores), dtype="int64") for scores in emissions]
@@ -365,11 +416,11 @@ def segment_probabilities(
     segments: Sequence[Sequence[tuple[int, int, int]]],
     temperature: float,
 ) -> list[list[float]]:
-    """For each sequence's segments, (first token, token after the last, index of the label), how probable it is that
-    just this is an entity: the share that the valid IOB2 sequences with it have of the weight of all.
+    """Return, for each sequence's segments, the probability that exactly this segment is an entity.
 
-    It is the forward-backward algorithm (Rabiner 1989), on all sequences at a time. emissions: for each sequence an
-    array of shape (tokens, tags). All scores are divided by `temperature` (Guo et al. 2017).
+    A segment is (first word, word after the last, index of the label). Its probability is the share of the weight of
+    all valid IOB2 sequences that have it, computed by the forward-backward algorithm (Rabiner 1989). emissions: an
+    array of shape (words, tags) per sequence. All scores are divided by `temperature` (Guo et al. 2017).
     """
     probabilities: list[list[float]] = [[0.0] * len(some) for some in segments]
     order = sorted((i for i, some in enumerate(segments) if some), key=lambda i: -len(emissions[i]))
@@ -410,7 +461,7 @@ def _log_sum_exp(scores: numpy.ndarray, axis: int) -> numpy.ndarray:
 
 
 def _entities(tags: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(first token, token after the last, index of the label) of each entity in a valid sequence of tag ids."""
+    """Yield (first word, word after the last, index of the label) of each entity in a valid sequence of tag ids."""
     start = 0
     for end in range(1, len(tags) + 1):
         if end == len(tags) or tags[end] == OUTSIDE or tags[end] % 2 == 1:
@@ -420,45 +471,56 @@ def _entities(tags: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def tag_sequences(doc: Doc) -> Iterator[list[tuple[int, int]]]:
-    """The sequences of what gets a tag: (first token, token after the last) of each word as PAN-X has it.
+    """Yield the sequences to tag: (first token, token after the last) of each word.
 
-    Left out are white space and what is an entity or blocked already; a sequence ends there, and at every empty line.
+    White space, entities and blocked tokens are left out. A sequence ends at an entity, a blocked token, an empty line
+    or a tab.
     """
-    units: list[tuple[int, int]] = []
+    words: list[tuple[int, int]] = []
     for token in doc:
-        if token.ent_iob in (1, 3) or (token.is_space and token.text.count("\n") > 1):
-            if units:
-                yield units
-            units = []
+        if token.ent_iob in (1, 3) or (token.is_space and (token.text.count("\n") > 1 or "\t" in token.text)):
+            if words:
+                yield words
+            words = []
         elif token.is_space:
             continue
-        elif units and units[-1][1] == token.i and _is_one_word(doc[token.i - 1], token):
-            units[-1] = units[-1][0], token.i + 1
+        elif words and words[-1][1] == token.i and _is_one_word(doc[token.i - 1], token):
+            words[-1] = words[-1][0], token.i + 1
         else:
-            units.append((token.i, token.i + 1))
-    if units:
-        yield units
+            words.append((token.i, token.i + 1))
+    if words:
+        yield words
 
 
 def _is_one_word(left: Token, right: Token) -> bool:
-    """Whether PAN-X has adjacent tokens of spaCy's as one: it cuts at white space and at the punctuation around a word,
-    but not at an elision (`dell'Italia`), a hyphen or another sign inside it, and not before an initial's period.
+    """Return whether adjacent tokens are one word, as in PAN-X: `centro-nord`, `10km`, an initial with its period.
+
+    Every other punctuation mark or symbol is a word, and so is an elided article: `dell'` + `Italia`.
     """
     if left.whitespace_:
         return False
     last, first = left.text[-1], right.text[0]
-    if last in APOSTROPHES and len(left) > 1 and left.text[-2].isalnum():
-        return first.isalnum()
     if right.text == "." and len(left) == 1 and last.isalpha():
         # at the end of a text it is the sentence's
         return any(not token.is_space for token in right.doc[right.i + 1 : right.i + 3])
     if last in QUOTES and first in QUOTES:
         return QUOTES.issuperset(left.text + right.text)
-    return last not in PUNCTUATION and first not in PUNCTUATION
+    if first in HYPHENS:
+        after = right.text[1:] or (right.nbor().text if not right.whitespace_ and right.i + 1 < len(right.doc) else "")
+        return _in_word(last) and _in_word(after[:1])
+    if last in HYPHENS:
+        before = left.text[:-1] or (left.nbor(-1).text_with_ws if left.i else "")
+        return _in_word(before[-1:]) and _in_word(first)
+    return _in_word(last) and _in_word(first)
 
 
-def _unit_tag(tags: Sequence[int]) -> int:
-    """The tag of a word from its tokens': missing if one is, else the first that is not O."""
+def _in_word(character: str) -> bool:
+    """Return whether a character is a letter, a mark, a number or a joiner; False for an empty string."""
+    return character != "" and (unicodedata.category(character)[0] in "LMN" or character in JOINERS)
+
+
+def _word_tag(tags: Sequence[int]) -> int:
+    """Return a word's tag: missing if one of its tokens' is, else the first that is not O."""
     return MASKED if MASKED in tags else next((tag for tag in tags if tag != OUTSIDE), OUTSIDE)
 
 

@@ -1,37 +1,54 @@
-"""The tokenizer `panx_xlmr.Tokenizer.v1`: spaCy's own of the language, in linear time, for any Python string.
+"""The tokenizer `panx_xlmr.Tokenizer.v2`: spaCy's own for the language, separators by Unicode category, linear time.
 
-The installable package carries this file, as it carries the pipes'.
+A text is cut at white space, at every punctuation mark and symbol (Unicode categories P and S) except the ones that
+words have inside, and after an elision (`dell'` + `Italia`). A slash between letters separates, since what it joins are
+two names more often than one (`Trento/Bolzano`).
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 
 from spacy import registry
 from spacy.language import Language, create_tokenizer
 from spacy.tokenizer import Tokenizer
 from spacy.tokens import Doc
+from spacy.util import compile_infix_regex, compile_prefix_regex, compile_suffix_regex
 
-# Characters without white space between them that spaCy's tokenizer still gets at a time.
+# Chunks of text without white space up to this length go to spaCy's tokenizer as they are.
 LONG = 100
-# A longer chunk is cut after so many characters; addresses and the like are shorter.
+# A longer chunk is cut after this many characters; URLs are shorter.
 PIECE = 2000
 # Characters at either end of a long chunk in which a prefix or suffix is looked for.
 SIGHT = 40
 LONG_CHUNK = re.compile(rf"\S{{{LONG + 1},}}")
 SURROGATE = re.compile("[\ud800-\udfff]")
+# Marks inside words: hyphens, apostrophes, a.C., 3,5, 12:30, H&M, a user name, 10%, 20°, C++, Catalan l·l, 1/2.
+INSIDE_WORDS = frozenset("-\u2010\u2011'’.,:&@#_%°+·/")
+# Invisible characters around words, such as a byte order mark; not the joiners and the soft hyphen, which stand inside.
+INVISIBLE = "\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff"
+
+
+def _separators() -> str:
+    """Return a regular expression for one punctuation mark or symbol that separates words."""
+    planes = range(0x20000)  # no punctuation or symbol has a code point beyond
+    points = [i for i in planes if unicodedata.category(chr(i))[0] in "PS" and chr(i) not in INSIDE_WORDS]
+    starts = [i for i, before in zip(points, [-2, *points], strict=False) if i != before + 1]
+    ends = [i for i, after in zip(points, [*points[1:], -2], strict=True) if i != after - 1]
+    ranges = (f"\\U{first:08x}-\\U{last:08x}" for first, last in zip(starts, ends, strict=True))
+    return f"[{''.join(ranges)}]"
 
 
 class LinearTokenizer(Tokenizer):
-    """spaCy's tokenizer, without two things that a text from outside can do to it.
+    """spaCy's tokenizer for any Python string.
 
-    - It takes one sign after the other off a chunk of text without white space and looks at the whole rest each time:
-      100,000 brackets in a row would take a quarter of an hour. Here chunks above LONG characters are seen in parts.
-    - It raises UnicodeEncodeError for a lone surrogate, which JSON and file names can bring into a string. Here U+FFFD
-      takes its place in the Doc, so that all offsets are those of the text that was given.
+    - spaCy's own searches the whole rest of a chunk for each prefix: 100,000 brackets take a quarter of an hour. This
+      one searches chunks above LONG characters in parts.
+    - spaCy's own raises UnicodeEncodeError for a lone surrogate. Here U+FFFD replaces it, and offsets stay valid.
     """
 
     def __call__(self, string: str) -> Doc:
-        """Tokenizes a string. Raises ValueError, as spaCy does, for one of 2^30 characters or more."""
+        """Tokenize a string. Raises ValueError for one of 2^30 characters or more."""
         string = SURROGATE.sub("\ufffd", string)
         if not LONG_CHUNK.search(string):
             return super().__call__(string)
@@ -51,18 +68,18 @@ class LinearTokenizer(Tokenizer):
             for part in self._parts(chunk.group()):
                 add(part)
             start = chunk.end()
-            if string[start : start + 1] == " ":  # as everywhere in spaCy, it belongs to the token before it
+            if string[start : start + 1] == " ":  # spaCy stores one space with the token before it
                 spaces[-1] = True
                 start += 1
         add(string[start:])
         doc = Doc(self.vocab, words=words, spaces=spaces)
         for token, norm in zip(doc, norms, strict=True):
-            if token.norm_ != norm:  # that of an exception of the language
+            if token.norm_ != norm:  # set by one of the language's exceptions
                 token.norm_ = norm
         return doc
 
     def _parts(self, chunk: str) -> Iterator[str]:
-        """What a chunk without white space is tokenized as: each prefix, the rest, each suffix."""
+        """Yield the prefixes, the rest and the suffixes of a chunk without white space."""
         for place in range(0, len(chunk), PIECE):
             piece = chunk[place : place + PIECE]
             start, end = 0, len(piece)
@@ -77,20 +94,25 @@ class LinearTokenizer(Tokenizer):
             yield from reversed(suffixes)
 
 
-@registry.tokenizers("panx_xlmr.Tokenizer.v1")
+@registry.tokenizers("panx_xlmr.Tokenizer.v2")
 def linear_tokenizer() -> Callable[[Language], Tokenizer]:
-    """Gives the language's tokenizer, with the language's own rules."""
+    """Return a function that makes the tokenizer from a language's own rules."""
 
     def create(nlp: Language) -> Tokenizer:
-        spacys = create_tokenizer()(nlp)
+        stock = create_tokenizer()(nlp)
+        prefixes, suffixes, infixes = (
+            list(rules or ()) for rules in (nlp.Defaults.prefixes, nlp.Defaults.suffixes, nlp.Defaults.infixes)
+        )
+        # the period of a single letter (`Serie B.`) and after a combining accent (`Cefalu\u0300.`)
+        suffixes += [f"[{INVISIBLE}]", r"(?<=^\w)\.", f"(?<=[\u0300-\u036f{INVISIBLE}])\\."]
         return LinearTokenizer(
             nlp.vocab,
-            rules=spacys.rules,
-            prefix_search=spacys.prefix_search,
-            suffix_search=spacys.suffix_search,
-            infix_finditer=spacys.infix_finditer,
-            token_match=spacys.token_match,
-            url_match=spacys.url_match,
+            rules={text: rule for text, rule in stock.rules.items() if not re.fullmatch(r"\w\.", text)},
+            prefix_search=compile_prefix_regex([*prefixes, f"[{INVISIBLE}]"]).search,
+            suffix_search=compile_suffix_regex(suffixes).search,
+            infix_finditer=compile_infix_regex(["'{2,}", *infixes, _separators()]).finditer,
+            token_match=stock.token_match,
+            url_match=stock.url_match,
         )
 
     return create

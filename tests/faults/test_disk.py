@@ -63,11 +63,8 @@ def disk(tmp_path):
 def arguments(name: str, target: Path, encoder: Path) -> tuple[list[object], list[str]]:
     """A script's arguments in a finished project, all that it writes below `target`; and what that is there called."""
     words = {
-        "download": [
-            "false",
-            "PAN-X.es",
-            *("--output", target, "--checksums", "configs/checksums.json", "--dataset", "data"),
-        ]
+        "download": [*("--output", target, "--checksums", "configs/checksums.json", "--dataset", "data")]
+        + [*("--extra-train", "PAN-X.es")]
         + [*("--dataset-config", "tiny", "--dataset-revision", "x", "--encoder-revision", "x", "--lang", "it")]
         + ["--encoder", encoder],
         "convert": ["assets/data", target, "--extra-train", "assets/extra_train"],

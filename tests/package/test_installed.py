@@ -89,7 +89,7 @@ def test_it_predicts_what_the_trained_pipeline_does(project, run):
 
 
 def test_entities_have_probabilities(run):
-    scores = run("result = [e._.score for e in nlp('Bari').ents]")
+    scores = run("result = [e._.panx_score for e in nlp('Bari').ents]")
     assert len(scores) == 1
     assert 0 < scores[0] <= 1
 
@@ -266,7 +266,7 @@ def test_spacy_validate_finds_it_compatible(python, offline, tmp_path):
     done = subprocess.run([python, "-c", VALIDATE], cwd=tmp_path, env=plain, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = [line.split() for line in done.stdout.splitlines() if "panx" in line]
-    assert row[1:] == [">=3.8.0,<3.9.0", "1.0.0", "✔"]
+    assert row[1:] == [">=3.8.0,<3.9.0", "2.0.0", "✔"]
 
 
 def test_spacy_evaluate_takes_it_by_name(project, python, offline, tmp_path):
