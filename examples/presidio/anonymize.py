@@ -77,9 +77,10 @@ def main(
     try:
         analyzer = load_analyzer(config, threshold)
     except KeyError as error:
-        sys.exit(f"{config}: {error} is missing; compare {CONFIG}.")
+        sys.exit(f"{config}: the key {error} is missing; add it as in {CONFIG}.")
     except Exception as error:  # Presidio and PyYAML have no common class for errors in a configuration
-        sys.exit(f"{config}: {' '.join(str(error).split())} Compare {CONFIG}, and install the packages that it names.")
+        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        sys.exit(f"{config}: {reason}; correct the file, or install the package that it names.")
     if language not in analyzer.supported_languages:
         sys.exit(f"{config}: no language {language!r}; add it and its package, or choose another --language.")
     if len(text) > (longest := analyzer.nlp_engine.get_nlp(language).max_length):
