@@ -178,7 +178,7 @@ def client(service, monkeypatch):
     thread = threading.Thread(target=server.run)
     thread.start()
     until(lambda: server.started)
-    url = "http://127.0.0.1:%d" % server.servers[0].sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     with httpx.Client(base_url=url, trust_env=False, timeout=60) as client, ThreadPoolExecutor(4) as pool:
         client.ask = lambda *texts, **options: pool.submit(client.post, "/entities", json={"texts": texts}, **options)
         client.server = server
