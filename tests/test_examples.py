@@ -2,9 +2,7 @@
 
 import asyncio
 import csv
-import importlib
 import json
-import re
 import runpy
 import sys
 import threading
@@ -15,11 +13,9 @@ import httpx
 import pytest
 import spacy
 import srsly
-import typer
 import uvicorn
 from spacy.language import Language
 from spacy.tokens.underscore import Underscore
-from typer.testing import CliRunner
 
 import annotate_column
 from conftest import ROOT
@@ -43,25 +39,25 @@ def model(tmp_path_factory):
         yield folder
 
 
-def entity(text, name, label):
-    start = text.index(name)
-    return {"text": name, "label": label, "start": start, "end": start + len(name), "score": SCORES.get(name)}
+def entities(*found):
+    return [dict(zip(("text", "label", "start", "end", "score"), values, strict=True)) for values in found]
 
 
-EXPECTED = [
-    [entity(TEXTS[0], "Rita", "PER"), entity(TEXTS[0], "Torino", "LOC")],
-    [],
-    [entity(TEXTS[2], "Bari", "LOC"), entity(TEXTS[2], "Torino", "LOC")],
-    [],
-]
+IN_FIRST = entities(("Rita", "PER", 0, 4, 0.75), ("Torino", "LOC", 13, 19, 0.5))
+IN_THIRD = entities(("Bari", "LOC", 4, 8, None), ("Torino", "LOC", 16, 22, 0.5))
+EXPECTED = [IN_FIRST, [], IN_THIRD, []]
 
 
 def test_jsonl_rows_keep_their_keys_and_get_their_entities(model, tmp_path):
-    rows = [{"id": n, "deep": {"a": [None]}, "text": text} for n, text in enumerate(TEXTS * 100)]
+    rows = [{"id": n, "text": text} for n, text in enumerate(TEXTS * 100)] + [{"text": "", "n": [1, "è"], "m": None}]
     srsly.write_jsonl(tmp_path / "in.jsonl", rows)
-    annotate_column.annotate(tmp_path / "in.jsonl", tmp_path / "out.jsonl", model=model)
-    expected = [row | {"entities": found} for row, found in zip(rows, EXPECTED * 100, strict=True)]
+    for name in ("out.jsonl", "out.csv"):
+        annotate_column.annotate(tmp_path / "in.jsonl", tmp_path / name, model=model)
+    expected = [row | {"entities": found} for row, found in zip(rows, [*EXPECTED * 100, []], strict=True)]
     assert list(srsly.read_jsonl(tmp_path / "out.jsonl")) == expected
+    with (tmp_path / "out.csv").open(encoding="utf8", newline="") as file:
+        first, *_, last = csv.DictReader(file)
+    assert (json.loads(first["entities"]), first["n"], last["n"]) == (EXPECTED[0], "", '[1, "è"]')
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
@@ -76,13 +72,6 @@ def test_csv_rows_keep_their_separator_and_their_line_breaks(model, tmp_path, se
     assert [json.loads(row["entities"]) for row in rows] == [*EXPECTED, [], []]
 
 
-def test_from_jsonl_to_csv_no_key_of_any_row_is_lost(model, tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"text": "x"}\n\n{"text": "y", "n": [1, "è"], "m": null}\n', encoding="utf8")
-    annotate_column.annotate(tmp_path / "in.jsonl", tmp_path / "out.csv", model=model)
-    with (tmp_path / "out.csv").open(encoding="utf8", newline="") as file:
-        assert [row["n"] for row in csv.DictReader(file)] == ["", '[1, "è"]']
-
-
 @pytest.mark.parametrize(
     ("name", "content", "line", "said"),
     [
@@ -94,20 +83,18 @@ def test_from_jsonl_to_csv_no_key_of_any_row_is_lost(model, tmp_path):
         ("a.csv", b"entities,text\n1,Bari\n", 2, "'entities'"),
         ("a.jsonl", b'{"text": "Bari"}\n\n{"text": null}\n', 3, "no text in the column 'text'"),
         ("a.jsonl", b'{"text": "Bari"}\n{"text": \n', 2, "one JSON object a line"),
-        ("a.jsonl", b'["Bari"]\n', 1, "no text in the column 'text'"),
         ("a.jsonl", b"[" * 100_000, 1, "one JSON object a line"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', 1, "surrogates"),
         ("a.jsonl", b'{"text": "%s"}\n' % (b"a" * 1_000_001), 1, "1,000,000"),
     ],
 )
-def test_a_bad_row_is_one_sentence_with_its_line_and_an_earlier_file_stays(tmp_path, name, content, line, said):
+def test_a_bad_row_is_one_sentence_with_its_line_and_nothing_is_written(tmp_path, name, content, line, said):
     (tmp_path / name).write_bytes(content)
-    (tmp_path / "out.jsonl").write_text("earlier")
     with pytest.raises(SystemExit, match=said) as stopped:
         annotate_column.annotate(tmp_path / name, tmp_path / "out.jsonl")
     assert stopped.value.code.startswith(f"{tmp_path / name}, line {line}: ")
     assert "\n" not in stopped.value.code
-    assert (tmp_path / "out.jsonl").read_text() == "earlier"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_an_earlier_file_stays_if_writing_fails(model, tmp_path, monkeypatch):
@@ -156,7 +143,8 @@ def until(true):
 @pytest.fixture(scope="module")
 def service(model):
     """The service's module; its pipeline waits at `aspetta` until the gate opens, and fails at `rotto`."""
-    service = importlib.import_module("service")
+    import service  # loads the pipeline
+
     service.gate, service.computed = threading.Event(), []
 
     @Language.component("slow")
@@ -178,9 +166,10 @@ def client(service, monkeypatch):
     thread = threading.Thread(target=server.run)
     thread.start()
     until(lambda: server.started)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    url = "http://{}:{}".format(*server.servers[0].sockets[0].getsockname())
     with httpx.Client(base_url=url, trust_env=False, timeout=60) as client, ThreadPoolExecutor(4) as pool:
         client.ask = lambda *texts, **options: pool.submit(client.post, "/entities", json={"texts": texts}, **options)
+        client.waiting = lambda: client.get("/health").json()["waiting"]
         client.server = server
         yield client
         service.gate.set()
@@ -199,21 +188,15 @@ def busy(service, client):
     return answer
 
 
-def waiting(client, count):
-    until(lambda: client.get("/health").json()["waiting"] == count)
-
-
 def test_concurrent_requests_get_what_nlp_pipe_gives(client):
-    for n in range(0, 20, 2):
-        answers = [client.ask(*TEXTS[k % 4 :]) for k in (n, n + 1)]
-        assert [a.result().json()["entities"] for a in answers] == [EXPECTED[k % 4 :] for k in (n, n + 1)]
+    for n in range(4):
+        answers = client.ask(*TEXTS[n:]), client.ask(*TEXTS[:n])
+        assert [answer.result().json()["entities"] for answer in answers] == [EXPECTED[n:], EXPECTED[:n]]
 
 
 def test_a_full_queue_is_503_and_waiting_requests_are_answered(client, service, busy):
-    answers = [busy]
-    for count in (1, 2):
-        answers.append(client.ask("Bari"))
-        waiting(client, count)
+    answers = [busy, client.ask("Bari"), client.ask("Bari")]
+    until(lambda: client.waiting() == 2)
     refused = client.ask("Bari").result()
     assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
     service.gate.set()
@@ -223,17 +206,16 @@ def test_a_full_queue_is_503_and_waiting_requests_are_answered(client, service, 
 def test_a_request_out_of_time_is_504_and_is_not_computed_later(client, service, busy, monkeypatch):
     monkeypatch.setattr(service, "SECONDS", 0.2)
     assert client.ask("in fila").result().status_code == 504
-    monkeypatch.undo()
+    monkeypatch.setattr(service, "SECONDS", 30)
     service.gate.set()
-    assert busy.result().status_code == 200
     assert client.ask("dopo").result().status_code == 200
     assert service.computed == ["aspetta Bari", "dopo"]
 
 
 def test_a_request_of_a_disconnected_client_is_not_computed(client, service, busy):
     with pytest.raises(httpx.ReadTimeout):
-        client.ask("andato", timeout=0.5).result()
-    waiting(client, 1)
+        client.ask("andato", timeout=httpx.Timeout(60, read=0.5)).result()
+    until(lambda: client.waiting() == 1)
     service.gate.set()
     assert client.ask("dopo").result().status_code == 200
     assert service.computed == ["aspetta Bari", "dopo"]
@@ -241,7 +223,7 @@ def test_a_request_of_a_disconnected_client_is_not_computed(client, service, bus
 
 def test_a_text_on_which_the_pipeline_fails_fails_alone(client, service, busy):
     bad, good = client.ask("rotto"), client.ask("Bari")
-    waiting(client, 2)
+    until(lambda: client.waiting() == 2)
     service.gate.set()
     assert [answer.result().status_code for answer in (busy, bad, good)] == [200, 500, 200]
 
@@ -259,68 +241,10 @@ def test_stopping_answers_earlier_requests(client, service, busy):
         ([b"a" * 1000] * 200, 413, ""),  # sent without a declared length
         (json.dumps({"texts": ["a" * 10_001]}), 422, "at most 10000 characters"),
         (json.dumps({"texts": ["a"] * 65}), 422, "at most 64 items"),
-        (json.dumps({"testi": ["Bari"]}), 422, "required"),
-        ('{"texts": ["\\ud800"]}', 422, "JSON"),
         (b'{"texts": ["citt\xe0"]}', 422, "JSON"),
-        (b"[" * 100_000, 422, "JSON"),
     ],
 )
 def test_a_bad_body_is_refused_with_the_reason(client, body, status, said):
     answer = client.post("/entities", content=body)
     assert answer.status_code == status
     assert said in answer.json()["detail"]
-    assert len(answer.json()["detail"]) < 300
-
-
-@pytest.fixture(scope="module")
-def presidio():
-    """The module of the Presidio example."""
-    for package in ("presidio_analyzer", "presidio_anonymizer"):
-        pytest.importorskip(package, reason=f"{package} of examples/requirements.txt is not installed")
-    return importlib.import_module("presidio.anonymize")
-
-
-@pytest.fixture
-def anonymized(presidio, model, tmp_path):
-    """Runs the example on bytes, with the pipeline of rules and one change of the YAML file."""
-
-    def run(content, *options, old="it_panx_xlmr", new=str(model)):
-        config, text = tmp_path / "analyzer.yaml", tmp_path / "text.txt"
-        config.write_text(presidio.CONFIG.read_text().replace(old, new).replace("it_panx_xlmr", str(model)))
-        text.write_bytes(content)
-        app = typer.Typer()
-        app.command()(presidio.main)
-        return CliRunner().invoke(app, [str(text), "--config", str(config), *options])
-
-    return run
-
-
-@pytest.mark.parametrize(("options", "place"), [([], "Torino"), (["--threshold", "0.5"], "<LOCATION>")])
-def test_names_above_the_threshold_and_other_data_become_placeholders(anonymized, monkeypatch, options, place):
-    asked = []
-    monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: asked.append(address))
-    text = "Rita, Torino e Bari\r\nrita@esempio.it 011 5621234\npassaporto YA1234567 😀"
-    assert anonymized(text.encode(), *options).stdout_bytes.decode() == (
-        f"<PERSON>, {place} e <LOCATION>\r\n<EMAIL_ADDRESS> <PHONE_NUMBER>\npassaporto <IT_PASSPORT> 😀"
-    )
-    assert asked == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "change", "said"),
-    [
-        ([b"citt\xe0"], {}, "text.txt: .*UTF-8"),
-        ([b"a" * 1_000_001], {}, "text.txt: .*at most 1000000"),
-        ([b"Rita", "--language", "es"], {}, "analyzer.yaml: no language 'es'"),
-        ([b"Rita"], {"old": "it_panx_xlmr", "new": "nessuno"}, "analyzer.yaml: .*nessuno"),
-        ([b"Rita"], {"old": "default_score_threshold: 0.4", "new": ""}, "'default_score_threshold' is missing"),
-        ([b"Rita"], {"old": "EmailR", "new": "MailR"}, "analyzer.yaml: .*MailRecognizer"),
-        ([b"Rita"], {"old": "[it]", "new": "[it"}, "analyzer.yaml: .*expected ','"),
-        ([b"Rita"], {"old": "default: 0.7", "new": "default: 7"}, "analyzer.yaml: .*between 0.0 and 1.0"),
-    ],
-)
-def test_a_text_or_a_configuration_that_cannot_be_used_is_one_sentence(anonymized, arguments, change, said):
-    result = anonymized(*arguments, **change)
-    assert result.exit_code == 1
-    assert re.search(said, result.output)
-    assert result.output.count("\n") == 1
