@@ -51,7 +51,7 @@ texts = st.one_of(
 @pytest.fixture(scope="module")
 def nlp(tiny_encoder):
     """A pipeline whose weights are random, those of the tags too: it finds an entity of any kind in almost any text."""
-    nlp = spacy.blank("it", config={"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v1"}}})
+    nlp = spacy.blank("it", config={"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v2"}}})
     model = {"@architectures": "panx_xlmr.TransformerModel.v1", "name": str(tiny_encoder), "mixed_precision": False}
     model |= {"tokenizer_config": {"use_fast": True}, "transformer_config": {}}
     nlp.add_pipe("transformer", config={"model": model})
