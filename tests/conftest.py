@@ -1,7 +1,6 @@
 """What several test files share: the sample corpus, a tiny XLM-R, a refused command, PAN-X.it where it is given."""
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,12 +10,12 @@ import sentencepiece
 import torch
 import typer
 from hypothesis import settings
-from spacy.cli import project_run
 from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizerFast
 from typer.testing import CliRunner
 
 import scripts.pipeline  # noqa: F401  registers what a trained pipeline is loaded with
 from scripts.panx import Sentence, read_tsv, to_tsv
+from workflow import copy_sources, project_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "corpus" / "sample"
@@ -96,6 +95,7 @@ def refused() -> Callable[..., str]:
     return run
 
 
+# what the `project` is made with, besides its data and encoder
 TRAINED = {
     "gpu_id": -1,
     "dataset_config": "tiny",
@@ -109,17 +109,20 @@ TRAINED = {
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory, sample, tiny_encoder):
+def variables(tiny_encoder: Path) -> dict[str, object]:
+    """The variables of project.yml that the `project` is made with."""
+    return TRAINED | {"dataset": "data", "encoder": str(tiny_encoder)}
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory, sample, variables) -> Path:
     """A copy of the project in which `all` ran: a tiny encoder learnt a few sentences by heart."""
-    return build_project(tmp_path_factory.mktemp("project"), sample, tiny_encoder)
+    return build_project(tmp_path_factory.mktemp("project"), sample, variables)
 
 
-def build_project(root, sample, tiny_encoder):
-    """Runs `all` in the new folder `root`; returns it."""
-    root.mkdir(parents=True, exist_ok=True)
-    for name in ("project.yml", "LICENSE", "configs", "scripts"):
-        source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, root / name)
+def build_project(root: Path, sample: dict[str, list[Sentence]], variables: dict[str, object]) -> Path:
+    """Runs `all` in the folder `root`; returns it."""
+    copy_sources(ROOT, root)
     running = root / "corpus" / "running"
     running.mkdir(parents=True)
     (running / "a.txt").write_text("\n\n".join(["Piove.\nVive a [LOC Bari]."] * 10), encoding="utf8")
@@ -129,9 +132,5 @@ def build_project(root, sample, tiny_encoder):
         (data / f"{split}.tsv").write_bytes(to_tsv([*sample["train"][:40], Sentence(("Bari",), ("B-LOC",))]))
         spanish = to_tsv([Sentence(("Sevilla",), ("B-LOC",)), Sentence(("hola",), ("O",))])
         (data / f"{split}-es.tsv").write_bytes(spanish)
-    project_run(root, "all", overrides={f"vars.{k}": v for k, v in vars_of(data, tiny_encoder).items()})
+    project_run(root, "all", variables)
     return root
-
-
-def vars_of(data, folder):
-    return TRAINED | {"dataset": str(data), "encoder": str(folder)}

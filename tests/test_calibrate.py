@@ -4,12 +4,12 @@ import spacy
 import srsly
 from spacy.tokens import Doc, DocBin
 
+from lookup_ner import example, pipeline, trained
 from scripts import calibrate as calibrate_script
 from scripts.calibrate import find_temperature
 from scripts.common import UserError
 from scripts.evaluate import calibration_bins, expected_calibration_error
 from scripts.pipeline.token_ner import SCORED
-from test_token_ner import example, nlp, trained  # noqa: F401
 
 WORDS = ["Anna", "Neri", "vive", "a", "Bari"]
 RIGHT = ["B-PER", "I-PER", "O", "O", "B-LOC"]
@@ -17,13 +17,18 @@ WRONG = ["B-LOC", "I-LOC", "O", "O", "B-PER"]
 
 
 @pytest.fixture
-def gold(nlp):  # noqa: F811
+def nlp():
+    return pipeline()
+
+
+@pytest.fixture
+def gold(nlp):
     """Sentences of which the trained pipeline finds both entities with certainty, where one in four is wrong."""
     trained(nlp)
     return [example(nlp, WORDS, RIGHT if i % 4 else WRONG) for i in range(40)]
 
 
-def test_too_certain_a_pipeline_becomes_as_certain_as_it_is_right(nlp, gold):  # noqa: F811
+def test_too_certain_a_pipeline_becomes_as_certain_as_it_is_right(nlp, gold):
     temperature, before, after = find_temperature(nlp, gold)
     assert temperature > 1.5
     assert after < before / 2
@@ -31,19 +36,19 @@ def test_too_certain_a_pipeline_becomes_as_certain_as_it_is_right(nlp, gold):  #
     assert numpy.mean([ent._.panx_score for ent in doc.ents]) == pytest.approx(0.75, abs=0.1)
 
 
-def test_the_entities_stay_the_same(nlp, gold):  # noqa: F811
+def test_the_entities_stay_the_same(nlp, gold):
     before = [(e.text, e.label_) for e in nlp(Doc(nlp.vocab, words=WORDS)).ents]
     find_temperature(nlp, gold)
     assert [(e.text, e.label_) for e in nlp(Doc(nlp.vocab, words=WORDS)).ents] == before
 
 
-def test_a_pipeline_that_finds_nothing_is_refused(nlp):  # noqa: F811
+def test_a_pipeline_that_finds_nothing_is_refused(nlp):
     trained(nlp)
     with pytest.raises(UserError, match="finds no entity"):
         find_temperature(nlp, [example(nlp, ["vive", "a"], ["O", "O"])])
 
 
-def test_the_command_leaves_the_first_pipeline_as_it_was(nlp, gold, tmp_path):  # noqa: F811
+def test_the_command_leaves_the_first_pipeline_as_it_was(nlp, gold, tmp_path):
     nlp.to_disk(tmp_path / "slim")
     before = (tmp_path / "slim" / "ner" / "cfg").read_bytes()
     DocBin(docs=[eg.reference for eg in gold]).to_disk(tmp_path / "dev.spacy")
@@ -53,7 +58,7 @@ def test_the_command_leaves_the_first_pipeline_as_it_was(nlp, gold, tmp_path):  
     assert spacy.load(tmp_path / "model").get_pipe("ner").temperature == temperature > 1
 
 
-def scored(nlp, probability, count, right):  # noqa: F811
+def scored(nlp, probability, count, right):
     """Gold and predicted Docs of one entity each, of which `right` are right."""
     found = [Doc(nlp.vocab, words=["Bari"], ents=["B-LOC"]) for _ in range(count)]
     for doc in found:
@@ -61,13 +66,13 @@ def scored(nlp, probability, count, right):  # noqa: F811
     return [Doc(nlp.vocab, words=["Bari"], ents=["B-LOC" if i < right else "B-PER"]) for i in range(count)], found
 
 
-def test_the_calibration_error_is_the_mean_distance_from_the_line(nlp):  # noqa: F811
+def test_the_calibration_error_is_the_mean_distance_from_the_line(nlp):
     sure, unsure = scored(nlp, 0.95, 10, 8), scored(nlp, 0.35, 30, 6)
     bins = calibration_bins(sure[0] + unsure[0], sure[1] + unsure[1])
     assert bins == [(30, pytest.approx(0.35), 0.2), (10, pytest.approx(0.95), 0.8)]
     assert expected_calibration_error(bins) == pytest.approx(0.15)
 
 
-def test_a_probability_of_one_is_in_the_last_bin(nlp):  # noqa: F811
+def test_a_probability_of_one_is_in_the_last_bin(nlp):
     assert calibration_bins(*scored(nlp, 1.0, 2, 2)) == [(2, 1.0, 1.0)]
     assert expected_calibration_error([]) == 0

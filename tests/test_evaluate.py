@@ -7,7 +7,10 @@ from spacy.scorer import get_ner_prf
 from spacy.tokens import Doc
 from spacy.training import Example
 
-from scripts.evaluate import score_raw_text, score_seqeval
+from benchmarks.running_text import make_gold
+from scripts.evaluate import score_overlaps, score_raw_text, score_running_text, score_seqeval
+from scripts.panx import Sentence
+from scripts.pipeline.token_ner import SCORED
 
 VOCAB = spacy.blank("it").vocab
 LABELS = ("PER", "ORG", "LOC")
@@ -30,7 +33,7 @@ def doc(tags):
     return Doc(VOCAB, words=[f"w{i}" for i in range(len(tags))], ents=tags)
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(pairs)
 def test_seqeval_and_spacy_give_the_same_score(pairs):
     gold, predicted = [doc(tags) for tags, _ in pairs], [doc(tags) for _, tags in pairs]
@@ -40,17 +43,23 @@ def test_seqeval_and_spacy_give_the_same_score(pairs):
         assert seqevals[key] == pytest.approx(spacys[key] or 0.0, abs=1e-9)
 
 
+PROBABILITIES = {"Bari": 0.95, "Eni": 0.4, "Anna Neri": 0.75}
+
+
+@spacy.Language.component("set_probabilities")
+def set_probabilities(doc):
+    for ent in doc.ents:
+        ent._.set(SCORED, (ent.label_, PROBABILITIES[ent.text]))
+    return doc
+
+
 @pytest.fixture
 def ruler():
-    """A pipeline with the Italian tokenizer that knows a few names."""
+    """A pipeline with the Italian tokenizer that knows a few names, each with a probability."""
     nlp = spacy.blank("it")
-    nlp.add_pipe("entity_ruler").add_patterns(
-        [
-            {"label": "LOC", "pattern": "Bari"},
-            {"label": "ORG", "pattern": "Eni"},
-            {"label": "PER", "pattern": [{"TEXT": "Anna"}, {"TEXT": "Neri"}]},
-        ]
-    )
+    patterns = {"Bari": "LOC", "Eni": "ORG", "Anna Neri": "PER"}
+    nlp.add_pipe("entity_ruler").add_patterns([{"label": patterns[name], "pattern": name} for name in patterns])
+    nlp.add_pipe("set_probabilities")
     return nlp
 
 
@@ -83,3 +92,71 @@ def test_gold_docs_are_left_as_they_were(ruler):
     before = numpy.array(docs[0].to_array(["ENT_IOB", "ENT_TYPE"]))
     score_raw_text(ruler, docs)
     assert (docs[0].to_array(["ENT_IOB", "ENT_TYPE"]) == before).all()
+
+
+def test_entities_inside_glued_tokens_count_only_where_they_are_not_left_out(ruler):
+    # PAN-X leaves names in tokens such as dell'Eni without a tag
+    docs = [gold(["conti", "dell'Eni"], ["O", "O"]), gold(["a", "Bari"], ["O", "B-LOC"])]
+    scores = score_raw_text(ruler, docs)
+    assert (scores["ents_p"], scores["ents_r"]) == (0.5, 1.0)
+    assert (scores["without_glued"]["ents_p"], scores["without_glued"]["ents_r"]) == (1.0, 1.0)
+
+
+def test_an_overlap_of_one_character_counts_where_the_label_is_the_same():
+    expected = [{(0, 9, "PER"), (20, 24, "LOC")}, {(0, 4, "LOC")}]
+    found = [{(8, 12, "PER"), (20, 24, "ORG")}, {(4, 8, "LOC")}]
+    assert score_overlaps(expected, found) == pytest.approx({"ents_p": 1 / 3, "ents_r": 1 / 3, "ents_f": 1 / 3})
+    assert score_overlaps([set()], [set()]) == {"ents_p": 0.0, "ents_r": 0.0, "ents_f": 0.0}
+
+
+@pytest.fixture
+def running(ruler):
+    """The scores of six texts: four names, of which two follow an elision, and eight tokens in texts without any."""
+    texts = [
+        gold(["dell'", "Eni"], ["O", "B-ORG"], [False, False]),
+        gold(["dell’", "Anna"], ["O", "B-PER"], [False, False]),
+        gold(["Anna", "Neri"], ["B-PER", "I-PER"]),
+        gold(["Bari"], ["B-LOC"]),
+        gold(["Bari", "piange"], ["O", "O"]),
+        gold(["oggi", "non", "piove", "a", "lungo", "."], ["O"] * 6),
+    ]
+    return score_running_text(ruler, texts)
+
+
+def test_recall_after_an_elision_is_told_apart(running):
+    assert (running["after_elision"], running["elsewhere"]) == (0.5, 1.0)
+    assert running["overlap"]["ents_r"] == running["ents_r"] == 0.75
+
+
+def test_entities_where_there_are_none_are_counted_by_1000_tokens(running):
+    assert running["false_per_1000"] == 1000 / 8
+
+
+def test_coverage_is_precision_and_recall_above_each_threshold(running):
+    rows = {threshold: figures for threshold, *figures in running["coverage"]}
+    assert rows[0.0] == [running["ents_p"], running["ents_r"]] == [0.75, 0.75]
+    assert rows[0.5] == [pytest.approx(2 / 3), 0.5]  # without Eni
+    assert rows[0.8] == [0.5, 0.25]  # Bari alone
+    assert rows[0.99] == [1.0, 0.0]
+
+
+def test_text_without_entities_has_scores_too(ruler):
+    scores = score_running_text(ruler, [gold(["oggi"], ["O"])])
+    assert (scores["ents_f"], scores["after_elision"], scores["false_per_1000"]) == (0.0, 0.0, 0.0)
+    assert {(precision, recall) for _, precision, recall in scores["coverage"]} == {(1.0, 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        ("as it is", "L'Aquila, dell’Eni e ß (Bari)."),
+        ("in capitals", "L'AQUILA, DELL’ENI E ß (BARI)."),
+        ("in lower case", "l'aquila, dell’eni e ß (bari)."),
+    ],
+)
+def test_running_text_is_joined_by_rule_and_keeps_its_entities_in_any_letter_case(ruler, case, text):
+    words = ["L'", "Aquila", ",", "dell’", "Eni", "e", "ß", "(", "Bari", ")", "."]
+    tags = ["B-LOC", "I-LOC", "O", "O", "B-ORG", *["O"] * 3, "B-LOC", "O", "O"]
+    (doc,) = make_gold(ruler, [Sentence(tuple(words), tuple(tags))], case)
+    assert doc.text == text
+    assert [(ent.start, ent.end, ent.label_) for ent in doc.ents] == [(0, 2, "LOC"), (4, 5, "ORG"), (8, 9, "LOC")]

@@ -1,8 +1,10 @@
 import datasets
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from scripts.common import UserError
-from scripts.panx import SPLITS, Sentence, digest, read_tsv, subset, to_tsv
+from scripts.panx import SPLITS, Sentence, digest, guess_spaces, read_tsv, subset, to_tsv
 
 
 def write(path, text):
@@ -71,3 +73,37 @@ def test_the_cards_subset_of_panx_is_what_datasets_picks(panx_dir):
         sentences = read_tsv(panx_dir / f"{split}-it.tsv")
         picked = datasets.Dataset.from_dict({"i": range(len(sentences))}).shuffle(seed=0).select(range(840))["i"]
         assert subset(sentences, 840, split) == [sentences[i] for i in picked]
+
+
+def joined(words):
+    return "".join(word + " " * space for word, space in zip(words, guess_spaces(words), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ("( 1984 )", "(1984)"),
+        ("Milano , Roma .", "Milano, Roma."),
+        ("Torneo di Bari ( BA ) : finale", "Torneo di Bari (BA): finale"),
+        ("la '' città '' eterna", "la ''città'' eterna"),
+        ("' '' Scuderia Ferrari '' '", "'''Scuderia Ferrari'''"),
+        ('il " sì " vinse', 'il "sì" vinse'),
+        ("`` Amarcord '' e `` Roma ''", "``Amarcord'' e ``Roma''"),
+        ("in Norvegia ( ''Bris '' )", "in Norvegia (''Bris'')"),
+        ("Anna Rossi '' ( finale )", "Anna Rossi'' (finale)"),
+        ("Do n't Look Back", "Don't Look Back"),
+        ("al 12,5 % dei voti", "al 12,5% dei voti"),
+        ("Rossi - Bianchi / Verdi", "Rossi - Bianchi / Verdi"),
+        ("[ 12-10 ]", "[12-10]"),
+        ("dell'Italia", "dell'Italia"),
+    ],
+)
+def test_reads_as_a_person_would_write_it(tokens, expected):
+    assert joined(tokens.split()) == expected
+
+
+@given(st.lists(st.sampled_from(["a", "'", "''", '"', "``", "(", ")", ",", "''b", "c''", "'6-4", "n't"]), min_size=1))
+def test_every_token_gets_one_answer_and_the_last_no_space(words):
+    spaces = guess_spaces(words)
+    assert len(spaces) == len(words)
+    assert spaces[-1] is False

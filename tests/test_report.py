@@ -74,12 +74,15 @@ def test_lengths_have_the_f1_of_their_sentences():
     ]
 
 
-@pytest.fixture
-def html():
+def make_html():
     words = ["<script>alert(1)</script>", "&", "Bari"]
     hostile = sentence((0, 1, "ORG"), words=words), sentence((2, 3, "LOC"), words=words, scores=[0.99])
-    gold, predicted = [GOLD, hostile[0]], [PREDICTED, hostile[1]]
-    return report.make_report(gold, predicted, TRAINING, "it_test")
+    return report.make_report([GOLD, hostile[0]], [PREDICTED, hostile[1]], TRAINING, "it_test")
+
+
+@pytest.fixture(scope="module")
+def html():
+    return make_html()
 
 
 def test_the_report_asks_for_nothing_from_elsewhere(html):
@@ -102,15 +105,13 @@ def test_the_most_confident_error_comes_first_and_both_sides_are_shown(html):
 
 def test_the_report_has_the_curve_and_the_figures(html):
     assert html.count("<svg") == 3
-    assert "3 test sentences" not in html
     assert "2 test sentences with 4 entities" in html
 
 
-def test_the_same_predictions_give_the_same_bytes():
-    reports = {report.make_report([GOLD], [PREDICTED], TRAINING, "it_test") for _ in range(2)}
-    assert len(reports) == 1
+def test_the_same_predictions_give_the_same_bytes(html):
+    assert make_html() == html
 
 
 def test_a_missing_table_is_one_sentence(refused, tmp_path):
     output = refused(report, "it_test", tmp_path / "test.spacy", "--training", tmp_path / "training.jsonl")
-    assert "training.jsonl: not there" in output
+    assert "training.jsonl: missing; run `spacy project run all`" in output

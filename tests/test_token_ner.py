@@ -1,6 +1,5 @@
 import copy
 import math
-import zlib
 from itertools import product
 
 import numpy
@@ -12,13 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from spacy.tokens import Doc, Span
 from spacy.training import Example
-from thinc.api import Model
 
+from lookup_ner import example, pipeline, trained
 from scripts.pipeline.token_ner import (
     MASKED,
     TagScores,
     TokenNer,
-    crf_token_classifier,
     decode_iob2,
     negative_log_likelihood,
     segment_probabilities,
@@ -26,54 +24,15 @@ from scripts.pipeline.token_ner import (
 )
 
 TAGS = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
-WIDTH = 8
 
 
 def is_valid_iob2(tags):
     return all(t[0] != "I" or (before[1:] == t[1:]) for before, t in zip(("O", *tags), tags, strict=False))
 
 
-def lookup_vectors():
-    """Stands in for the transformer's listener: each distinct word has a vector of its own."""
-
-    def vectors(doc):
-        rows = [numpy.random.default_rng(zlib.crc32(t.text.encode())).normal(size=WIDTH) for t in doc]
-        return numpy.asarray(rows, dtype="float32").reshape(len(doc), WIDTH)
-
-    def forward(model, docs, is_train):
-        return [vectors(doc) for doc in docs], lambda gradient: []
-
-    return Model("lookup-vectors", forward, dims={"nO": WIDTH})
-
-
 @pytest.fixture
 def nlp():
-    numpy.random.seed(0)
-    nlp = spacy.blank("it")
-    nlp.add_pipe("panx_xlmr_ner_v2", name="ner", config={"model": {"@architectures": "test.LookupTokenClassifier.v1"}})
-    return nlp
-
-
-@spacy.registry.architectures("test.LookupTokenClassifier.v1")
-def lookup_token_classifier():
-    return crf_token_classifier(lookup_vectors())
-
-
-def example(nlp, words, tags, spaces=None):
-    gold = Doc(nlp.vocab, words=words, ents=tags, spaces=spaces)
-    return Example(Doc(nlp.vocab, words=words, spaces=spaces), gold)
-
-
-def trained(nlp, steps=60):
-    examples = [
-        example(nlp, ["Anna", "Neri", "vive", "a", "Bari"], ["B-PER", "I-PER", "O", "O", "B-LOC"]),
-        example(nlp, ["La", "Spezia", "e", "Ugo"], ["B-LOC", "I-LOC", "O", "B-PER"]),
-    ]
-    optimizer = nlp.initialize(lambda: examples)
-    optimizer.learn_rate = 0.1
-    for _ in range(steps):
-        nlp.update(examples, sgd=optimizer)
-    return examples
+    return pipeline()
 
 
 def floats(*shape):

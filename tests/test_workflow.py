@@ -8,12 +8,12 @@ import zipfile
 import pytest
 import spacy
 import srsly
-from spacy.cli import project_run
 from spacy.tokens import DocBin
 from spacy.util import load_config
 from weasel.cli.run import load_project_config, parse_config_overrides
 
-from conftest import ROOT, vars_of
+from conftest import ROOT
+from workflow import copy_sources, project_run
 
 
 def test_every_output_of_every_step_is_there(project):
@@ -62,28 +62,21 @@ def test_the_report_tells_of_the_test_sentences(project):
     assert "41 test sentences" in html
 
 
-def test_another_language_makes_another_package(project, tmp_path, tiny_encoder):
-    for name in ("project.yml", "LICENSE", "configs", "scripts", "corpus"):
-        source = project / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
-    variables = vars_of(project / "data", tiny_encoder) | {
-        "lang": "es",
-        "dataset_config": "PAN-X.es",
-        "extra_train": "",
-    }
-    overrides = {f"vars.{key}": value for key, value in variables.items()}
+def test_another_language_makes_another_package(project, variables, tmp_path):
+    copy_sources(project, tmp_path, "corpus", "data")
+    spanish = variables | {"lang": "es", "dataset_config": "PAN-X.es", "extra_train": ""}
     for command in ("download", "convert-full", "configure"):
-        project_run(tmp_path, command, overrides=overrides)
+        project_run(tmp_path, command, spanish)
     assert load_config(tmp_path / "training" / "config.cfg")["nlp"]["lang"] == "es"
     docs = list(DocBin().from_disk(tmp_path / "corpus" / "train.spacy").get_docs(spacy.blank("es").vocab))
     assert [doc.text for doc in docs] == ["Sevilla", "hola"]
-    outputs = [o for c in load_project_config(tmp_path, overrides=overrides)["commands"] for o in c.get("outputs", [])]
+    config = load_project_config(tmp_path, overrides={"vars.lang": "es"})
+    outputs = [output for command in config["commands"] for output in command.get("outputs", [])]
     assert "packages/es_panx_xlmr-2.0.0/dist/es_panx_xlmr-2.0.0-py3-none-any.whl" in outputs
 
 
-def test_running_again_skips_what_is_done(project, tiny_encoder, capfd):
-    overrides = {f"vars.{k}": v for k, v in vars_of(project / "data", tiny_encoder).items()}
-    project_run(project, "all", overrides=overrides)
+def test_running_again_skips_what_is_done(project, variables, capfd):
+    project_run(project, "all", variables)
     output = capfd.readouterr().out
     for name in ("convert", "configure", "train", "slim", "calibrate", "evaluate", "report", "package"):
         assert f"Skipping '{name}'" in output
@@ -118,12 +111,10 @@ def test_the_wheel_holds_a_model_card_and_the_licences(project):
     assert sources.count("Licence:") == 3
 
 
-def test_a_wheel_built_again_holds_the_weights_that_were_evaluated(project, tiny_encoder, tmp_path):
-    copy = tmp_path / "project"
-    shutil.copytree(project, copy)
-    overrides = {f"vars.{k}": v for k, v in (vars_of(project / "data", tiny_encoder) | {"slim": False}).items()}
+def test_a_wheel_built_again_holds_the_weights_that_were_evaluated(project, variables, tmp_path):
+    copy = shutil.copytree(project, tmp_path / "project")
     for command in ("slim", "calibrate", "evaluate", "package"):
-        project_run(copy, command, overrides=overrides)
+        project_run(copy, command, variables | {"slim": False})
     (wheel,) = (copy / "packages").rglob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         packed = archive.read("it_panx_xlmr/it_panx_xlmr-2.0.0/transformer/model")
@@ -132,15 +123,11 @@ def test_a_wheel_built_again_holds_the_weights_that_were_evaluated(project, tiny
 
 
 def test_clean_removes_what_was_made_and_nothing_else(project, tmp_path):
-    copy = tmp_path / "project"
-    shutil.copytree(project, copy, ignore=shutil.ignore_patterns("model-*", "*.whl"))
-    (copy / "corpus" / "sample").mkdir()
-    (copy / "build").mkdir()
+    copy = shutil.copytree(project, tmp_path / "project", ignore=shutil.ignore_patterns("model-*", "*.whl"))
+    for name in ("corpus/sample", "build"):
+        (copy / name).mkdir()
     project_run(copy, "clean")
-    assert not (copy / "build").exists()
-    assert not any((copy / "packages").iterdir())
+    made = ("assets", "training", "metrics", "packages", "build")
+    assert [path for name in made for path in (copy / name).rglob("*")] == []
     assert {path.name for path in (copy / "corpus").iterdir()} == {"sample", "running"}
-    assert not [
-        name for name in ("assets", "training", "metrics") if (copy / name).exists() and any((copy / name).iterdir())
-    ]
     assert (copy / "scripts" / "train.py").exists()

@@ -1,136 +1,89 @@
-"""Whatever is killed whenever: the next `spacy project run all` ends with what an undisturbed run ends with.
+"""Kill the workflow: the next `spacy project run all` makes what an undisturbed run makes.
 
-`make test` kills three commands; `make test-faults` kills each of the ten commands of the workflow five times.
+`make test` kills one training; `make test-faults` kills each command once, FAULT_SEED chooses the moments.
 """
 
 import contextlib
 import os
 import random
 import shutil
-from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+import srsly
 
-from killing import PRODUCTS, SEED, SLOW, UNFINISHED, contents, options, run, unused_copy, workflow
-
-LIVE = ("metrics/training.jsonl", "metrics/training.png")
-TRIES = 5  # a run may end before the moment comes at which it was to be killed
+from workflow import contents, copy_sources
 
 
-@pytest.fixture(scope="module")
-def variables(project, tiny_encoder):
-    return options(project, tiny_encoder)
+class Run:
+    """`spacy project run NAME` of a project, in a process group of its own."""
+
+    def __init__(self, project, name, variables, *further):
+        words = [word for key, value in variables.items() for word in (f"--vars.{key}", str(value))]
+        self.log = project.with_suffix(".log")
+        with self.log.open("w") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "spacy", "project", "run", name, ".", *words, *further],
+                cwd=project,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self, is_time):
+        """Waits until `is_time()` or the end of the run."""
+        while self.process.poll() is None and not is_time():
+            time.sleep(0.01)
+
+    def wait_for(self, command):
+        """Waits until the command has begun."""
+        self.wait(lambda: f"= {command} =" in self.log.read_text(errors="replace"))
+
+    def kill(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait()
+
+    def finish(self):
+        assert self.process.wait() == 0, self.log.read_text(errors="replace")
 
 
-@pytest.fixture(scope="module")
-def seconds(project, variables, tmp_path_factory):
-    """How long each command takes, from a second undisturbed run, which must make the same."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    copy = unused_copy(project, root / "project")
-    taken = {}
-    for command in workflow(copy):
-        ended = run(copy, command, variables, root / "scratch", kill_in=command, moment=at(float("inf")))
-        assert ended.code == 0, ended.text
-        taken[command] = ended.seconds
-    assert contents(copy) == contents(project)
-    return taken
+def test_a_training_killed_while_it_writes_is_done_again(project, variables, tmp_path):
+    whole, copy = contents(project), shutil.copytree(project, tmp_path / "project")
+    table = copy / "metrics" / "training.jsonl"
+    before = table.stat().st_mtime_ns
+    run = Run(copy, "train", variables, "--force")
+    try:
+        run.wait(lambda: table.stat().st_mtime_ns != before)
+        time.sleep(random.Random(os.environ.get("FAULT_SEED", "0")).random() / 2)
+    finally:
+        assert run.kill() == -signal.SIGKILL
+    assert contents(copy) != whole
+    Run(copy, "all", variables).finish()
+    assert contents(copy) == whole
 
 
-def state(project: Path) -> set[tuple[str, int]]:
-    """What is in the folders of the products, not below, and when it changed."""
-    found = set()
-    for name in PRODUCTS:
-        with contextlib.suppress(FileNotFoundError), os.scandir(project / name) as entries:
-            found |= {(entry.path, entry.stat(follow_symlinks=False).st_mtime_ns) for entry in entries}
-    return found
-
-
-def at(seconds):
-    return lambda: lambda passed: passed >= seconds
-
-
-def after_first_write(project, delay):
-    """So many seconds after the first change in the project's products."""
-
-    def moment():
-        before, changed = state(project), None
-
-        def is_time(passed):
-            nonlocal changed
-            if changed is None and state(project) != before:
-                changed = passed
-            return changed is not None and passed >= changed + delay
-
-        return is_time
-
-    return moment
-
-
-def kill(project, name, command, variables, scratch, chance, whole, seconds=None):
-    """Runs `name`, killed in `command` at a moment by chance: in as many seconds as it takes, or soon after it has
-    written something. Gives what was printed.
-
-    whole: what may be in its place then, and only whole; but for the table of a training that goes on.
-    """
-    printed = ""
-    for _ in range(TRIES):
-        if seconds is not None and (chance.random() < 0.5 or command == "check"):
-            how, moment = "whenever", at(chance.random() * seconds)
-        else:
-            how, moment = "while it writes", after_first_write(project, 10 ** chance.uniform(-3, 0))
-        ended = run(project, name, variables, scratch, kill_in=command, moment=moment)
-        printed += ended.text
-        if ended.code < 0:
-            print(f"killed {how}: {command} after {ended.seconds:.2f} s, when the run was in {ended.command}")
-            left = {(path, sum_) for path, sum_ in contents(project).items() if sum_ != UNFINISHED and path not in LIVE}
-            assert left - whole.items() == set()
-            return printed
-        assert ended.code == 0, ended.text
-        shutil.rmtree(project / "packages")  # the last command has to run again
-    return pytest.fail(f"{command} could not be killed in {TRIES} runs")
-
-
-def goes_on(copy, variables, scratch, whole):
-    """The next run ends with what the undisturbed one ended with, and says so if it starts a training over.
-
-    What a killed command left unfinished stays where that command has nothing to do.
-    """
-    stopped = (copy / "training" / "unfinished").exists()
-    ended = run(copy, "all", variables, scratch)
-    assert ended.code == 0, ended.text
-    assert ("Training starts over" in " ".join(ended.text.split())) == stopped
-    assert {path: sum_ for path, sum_ in contents(copy).items() if sum_ != UNFINISHED} == whole
-    shutil.rmtree(scratch)
-
-
-@SLOW
-def test_each_run_is_killed_in_a_later_command(project, variables, seconds, tmp_path):
-    """From a fresh project on, each run going on from where the one before was killed."""
-    chance, whole = random.Random(SEED), contents(project)
-    copy = unused_copy(project, tmp_path / "project")
-    for command in workflow(copy):
-        stopped = (copy / "training" / "unfinished").exists()
-        printed = kill(copy, "all", command, variables, tmp_path / "scratch", chance, whole, seconds[command])
-        assert ("Training starts over" in " ".join(printed.split())) == stopped
-    goes_on(copy, variables, tmp_path / "scratch", whole)
-
-
-@SLOW
-@pytest.mark.parametrize("number", range(2))
-def test_every_command_is_killed_twice_in_a_finished_project(project, variables, seconds, tmp_path, number):
-    """The last command first, so that each still has what it needs; the lock calls all of them done."""
-    chance, whole = random.Random(f"{SEED} {number}"), contents(project)
-    copy = shutil.copytree(project, tmp_path / "project")
-    for command in reversed(workflow(copy)):
-        for _ in range(2):
-            options = [*variables, "--force"]
-            kill(copy, command, command, options, tmp_path / "scratch", chance, whole, seconds[command])
-    goes_on(copy, variables, tmp_path / "scratch", whole)
-
-
-def test_commands_killed_while_they_write(project, variables, tmp_path):
-    chance, whole = random.Random(SEED), contents(project)
-    copy = shutil.copytree(project, tmp_path / "project")
-    for command in ("package", "evaluate", "download"):
-        kill(copy, command, command, [*variables, "--force"], tmp_path / "scratch", chance, whole)
-    goes_on(copy, variables, tmp_path / "scratch", whole)
+@pytest.mark.skipif("FAULTS" not in os.environ, reason="make test-faults runs it: minutes")
+def test_a_workflow_killed_in_each_command_ends_as_an_undisturbed_one(project, variables, tmp_path):
+    chance = random.Random(os.environ.get("FAULT_SEED", "0"))
+    sources = ("data", "corpus/running")
+    undisturbed, killed = (copy_sources(project, tmp_path / name, *sources) for name in ("undisturbed", "killed"))
+    for command in srsly.read_yaml(project / "project.yml")["workflows"]["all"]:
+        run = Run(undisturbed, command, variables)
+        run.wait_for(command)
+        began = time.monotonic()
+        run.finish()
+        seconds = chance.uniform(0, time.monotonic() - began)
+        run = Run(killed, "all", variables)
+        run.wait_for(command)
+        end = time.monotonic() + seconds
+        run.wait(lambda end=end: time.monotonic() >= end)
+        code = run.kill()
+        print(f"{command}: killed {seconds:.2f} s after it began, exit code {code}")
+        assert code == -signal.SIGKILL or command == "package"  # its end is the workflow's
+    Run(killed, "all", variables).finish()
+    assert contents(killed) == contents(undisturbed)

@@ -1,6 +1,6 @@
-"""Compares the entities that the demo's package finds in 200 fixed sentences with those that were accepted.
+"""Compare the entities that the demo's package finds in 200 fixed sentences with the accepted ones.
 
-`make known-answers` after `make demo`; `make known-answers ACCEPT=1` stores what the package finds now.
+Run `make known-answers` after `make demo`; `make known-answers ACCEPT=1` accepts what the package finds now.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ ACCEPT = "`make known-answers ACCEPT=1`"
 
 
 def find(pipeline: str, sentences: Path) -> list[dict[str, Any]]:
-    """The entities of each sentence, a line each, by their first character and the one after their last."""
+    """Return the entities of each line as (first character, character after the last, label)."""
     texts = sentences.read_text(encoding="utf8").splitlines()
     return [
         {"text": doc.text, "ents": [[ent.start_char, ent.end_char, ent.label_] for ent in doc.ents]}
@@ -27,14 +27,14 @@ def find(pipeline: str, sentences: Path) -> list[dict[str, Any]]:
 
 
 def differences(accepted: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[str]:
-    """For each sentence that differs: its number and text, - before an entity that is gone, + before a new one."""
+    """Describe each sentence with other entities: - before an entity that is gone, + before a new one."""
     known = {row["text"]: {tuple(ent) for ent in row["ents"]} for row in accepted}
     blocks = []
     for number, row in enumerate(found, start=1):
         text, now = row["text"], {tuple(ent) for ent in row["ents"]}
         before = known.get(text)
         if before is None:
-            blocks.append(f"sentence {number}: {text}\n  is not among the accepted ones")
+            blocks.append(f"sentence {number}: {text}\n  is not among the accepted sentences")
         elif before != now:
             lines = [
                 f"  {'-' if ent in before else '+'} {ent[2]} {text[ent[0] : ent[1]]!r} ({ent[0]}-{ent[1]})"
@@ -42,19 +42,19 @@ def differences(accepted: list[dict[str, Any]], found: list[dict[str, Any]]) -> 
             ]
             blocks.append("\n".join([f"sentence {number}: {text}", *lines]))
     gone = known.keys() - {row["text"] for row in found}
-    return blocks + [f"accepted sentence that is not asked any more: {text}" for text in sorted(gone)]
+    return blocks + [f"accepted sentence that is gone: {text}" for text in sorted(gone)]
 
 
 def main(
     pipeline: Annotated[str, typer.Argument(help="Installed package or folder", show_default=False)],
-    accept: Annotated[bool, typer.Option("--accept", help="Store what it finds as right")] = False,
-    sentences: Annotated[Path, typer.Option(help="Text file, a sentence a line")] = FOLDER / "sentences.txt",
+    accept: Annotated[bool, typer.Option("--accept", help="Store what it finds as accepted")] = False,
+    sentences: Annotated[Path, typer.Option(help="Text file, one sentence per line")] = FOLDER / "sentences.txt",
     answers: Annotated[Path, typer.Option(help="JSON lines with the accepted entities")] = FOLDER / "answers.jsonl",
 ) -> None:
     """Compare a pipeline's entities in fixed sentences with those that were accepted."""
     with one_sentence():
         if not accept and not answers.is_file():
-            raise UserError(f"{answers}: no answers were accepted yet; look at the demo's output and run {ACCEPT}.")
+            raise UserError(f"{answers}: no answers accepted yet; check the demo's output and run {ACCEPT}.")
         found = find(pipeline, sentences)
         if accept:
             with replacing(answers) as path:
@@ -64,14 +64,14 @@ def main(
         try:
             different = differences(list(srsly.read_jsonl(answers)), found)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{answers}: not what {ACCEPT} writes ({error!r}); restore it from git.") from None
+            raise UserError(f"{answers}: not what {ACCEPT} writes ({error!r}); restore the file from git.") from None
         if different:
             print("\n".join(different))
             raise UserError(
-                f"{len(different)} of {len(found)} sentences have other entities than accepted; if that is meant, "
+                f"{len(different)} of {len(found)} sentences have other entities than accepted; if that is right, "
                 f"run {ACCEPT} and commit {answers.name}."
             )
-        msg.good(f"{len(found)} sentences have exactly the entities that were accepted")
+        msg.good(f"{len(found)} sentences have exactly the accepted entities")
 
 
 if __name__ == "__main__":
