@@ -171,7 +171,14 @@ def install() -> None:
         "max_memory_allocated": 0,
         "max_memory_reserved": 0,
     }
-    for name in ("_lazy_init", "set_device", "manual_seed_all", "synchronize", "reset_peak_memory_stats", "empty_cache"):
+    for name in (
+        "_lazy_init",
+        "set_device",
+        "manual_seed_all",
+        "synchronize",
+        "reset_peak_memory_stats",
+        "empty_cache",
+    ):
         answers[name] = None
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
