@@ -348,9 +348,10 @@ def negative_log_likelihood(
     """Return the sum over sequences of -log P(gold tags | valid IOB2 sequences), in nats.
 
     emissions: shape (sequences, longest, tags). gold: tag ids, shape (sequences, longest), MASKED where any tag will do
-    and PADDING behind the end of a sequence, where emissions are ignored. The partition functions come from the forward algorithm (Rabiner 1989) over
-    all sequences and over those that agree with the gold tags. Matrices of adjacent tags are multiplied in pairs, in
-    the log semiring, so that the number of GPU kernels grows with the logarithm of the length.
+    and PADDING behind the end of a sequence, where emissions are ignored. The partition functions come from the forward
+    algorithm (Rabiner 1989) over all sequences and over those that agree with the gold tags. Matrices of adjacent tags
+    are multiplied in pairs, in the log semiring, so that the number of GPU kernels grows with the logarithm of the
+    length.
     """
     if not gold.numel():
         return (emissions.sum() + transitions.sum() + start.sum()) * 0

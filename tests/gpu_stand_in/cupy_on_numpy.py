@@ -107,9 +107,8 @@ def _counted(function: Any, name: str) -> Any:
 
 
 def _define_operators() -> None:
-    names = "add sub mul truediv floordiv mod pow matmul and or xor".split()
-    binary = [f"__{prefix}{name}__" for name in names for prefix in ("", "r", "i")]
-    for name in [*binary, *(f"__{name}__" for name in "neg pos abs invert lt le gt ge eq ne".split())]:
+    binary = [prefix + name for name in ("add", "sub", "mul", "truediv", "pow", "matmul") for prefix in ("", "r", "i")]
+    for name in (f"__{name}__" for name in (*binary, "neg", "abs", "invert", "lt", "le", "gt", "ge", "eq", "ne")):
 
         def operate(self: ndarray, *others: Any, name: str = name) -> Any:
             result = _counted(getattr(self.host, name), name)(*others)
@@ -133,6 +132,8 @@ class Module(ModuleType):
     ndarray = ndarray
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # __path__ would make numpy.random of `import cupy.random`
+            raise AttributeError(name)
         value = getattr(numpy, name)
         return value if isinstance(value, type) or not callable(value) else _counted(value, name)
 
@@ -173,8 +174,8 @@ def install() -> None:
     cupy, cupyx = Module("cupy"), ModuleType("cupyx")
     cupyx.scatter_add = scatter_add
     generator = numpy.random.RandomState(0)
-    cupy.random = SimpleNamespace(seed=generator.seed, uniform=_counted(generator.uniform, "uniform"))
-    cupy.cublas = ModuleType("cupy.cublas")
+    cupy.random, cupy.cublas = ModuleType("cupy.random"), ModuleType("cupy.cublas")
+    cupy.random.seed, cupy.random.uniform = generator.seed, _counted(generator.uniform, "uniform")
     cupy.RawModule = cupy.RawKernel = cupy.ElementwiseKernel = cupy.ReductionKernel = lambda *args, **kwargs: None
     pool = SimpleNamespace(malloc=None, free_all_blocks=lambda: None)
     cupy.get_default_memory_pool = lambda: pool
@@ -185,4 +186,5 @@ def install() -> None:
         MemoryPool=lambda allocator: pool,
         set_allocator=lambda allocator: None,
     )
-    sys.modules |= {"cupy": cupy, "cupy.cublas": cupy.cublas, "cupyx": cupyx}
+    for module in (cupy, cupyx, cupy.random, cupy.cublas):
+        sys.modules[module.__name__] = module

@@ -12,10 +12,23 @@ from gpu_stand_in.cupy_on_numpy import Capsule
 
 CUDA = torch.device("cuda", 0)
 # operators that start no kernel
-VIEWS = set(
-    "view _unsafe_view expand permute transpose t slice select unsqueeze squeeze detach alias as_strided split "
-    "split_with_sizes _reshape_alias unbind chunk unfold diagonal lift_fresh empty empty_strided empty_like".split()
-)
+VIEWS = {
+    *(
+        "view",
+        "_unsafe_view",
+        "expand",
+        "permute",
+        "transpose",
+        "t",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "detach",
+    ),
+    *("alias", "as_strided", "split", "split_with_sizes", "_reshape_alias", "unbind", "diagonal", "lift_fresh"),
+    *("empty", "empty_strided", "empty_like"),
+}
 # operators that start several kernels, and how many (read in PyTorch's sources)
 KERNELS = {"logsumexp": 9}
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "_unique2", "equal", "masked_select"}
@@ -171,15 +184,8 @@ def install() -> None:
         "max_memory_allocated": 0,
         "max_memory_reserved": 0,
     }
-    for name in (
-        "_lazy_init",
-        "set_device",
-        "manual_seed_all",
-        "synchronize",
-        "reset_peak_memory_stats",
-        "empty_cache",
-    ):
-        answers[name] = None
+    does_nothing = ("_lazy_init", "set_device", "manual_seed_all", "synchronize", "reset_peak_memory_stats")
+    answers |= dict.fromkeys(does_nothing)
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
