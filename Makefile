@@ -32,7 +32,7 @@ all gpu-check:
 	$(MAKE) venv-gpu
 	$(BIN)/python -m $(if $(filter all,$@),spacy project run all,scripts.gpu_check)
 demo: venv
-	@$(BIN)/python examples/demo.py
+	@$(BIN)/python -u examples/demo.py
 test: venv-dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
