@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import spacy
 import srsly
 
 LOG = Path("build/demo.log")
@@ -73,6 +72,8 @@ def report(step: str, wheel: str) -> None:
 
 def show(package: str) -> None:
     """Print the entities that an installed package finds in the texts."""
+    import spacy  # slow to import, and only the wheel's venv needs it
+
     for doc in spacy.load(package).pipe(TEXTS):
         print(doc.text, *(f"  {ent.label_}  {ent.text}" for ent in doc.ents), sep="\n")
 
@@ -88,8 +89,9 @@ def main() -> None:
     wheel = f"packages/{name}-{version}/dist/{name}-{version}-py3-none-any.whl"
     variables = [word for key, value in VARIABLES.items() for word in (f"--vars.{key}", value)]
     for step in ("build-encoder", *project["workflows"]["all"]):
+        # `spacy project run` runs weasel too, after importing spaCy
         print(f"{step}: {helps[step]}")
-        run(step, sys.executable, "-m", "spacy", "project", "run", step, ".", *variables)
+        run(step, sys.executable, "-m", "weasel", "run", step, ".", *variables)
         report(step, wheel)
 
     print(f"install: Install the wheel, and nothing else of this project, in {VENV}.")
@@ -98,7 +100,8 @@ def main() -> None:
     run("install", sys.executable, "-m", "venv", "--clear", VENV)
     run("install", VENV / "bin/python", "-m", "pip", "install", "--no-input", "-c", versions, wheel)
     print("The wheel's entities in six texts:")
-    subprocess.run([VENV / "bin/python", __file__, name], env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=True)
+    command = [VENV / "bin/python", __file__, name]
+    sys.exit(subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}).returncode)
 
 
 if __name__ == "__main__":
