@@ -1,79 +1,55 @@
-# make demo   the whole workflow on the sample corpus, on any CPU, without a model hub
-# make test   the test suite
-# make known-answers   what the demo's package finds in 200 sentences, beside what was accepted
-# make test-faults   commands killed, full disks, a failing hub: 50 kills, some 20 minutes
-# make test-reproducible   the workflow in two folders: the same wheel contents
-# make fuzz   damaged files for 10 minutes (MINUTES), then odd texts by the thousand
-# make lock   requirements*.lock anew, after a change of a requirements file
-# make all    the real thing: PAN-X.it and xlm-roberta-base from the Hub, on GPU 0
-
+# make demo               the workflow on the sample corpus: any CPU, no model hub
+# make all                PAN-X.it and xlm-roberta-base from the Hub, on GPU 0; make gpu-check tests the GPU first
+# make venv, venv-gpu     .venv with the packages for a CPU, or for a GPU; venv-dev adds those for tests
+# make test               ruff and the test suite
+# make test-faults, test-reproducible, fuzz  longer: killed commands and full disks; two runs, one wheel; damaged files
+# make known-answers      the demo's entities in 200 sentences against the accepted ones; ACCEPT=1 accepts the new ones
+# make lock               write the lock files, after a change of a requirements file
 PYTHON ?= python3
 BIN := .venv/bin
-VERSION = $(shell sed -n 's/^  version: "\(.*\)"/\1/p' project.yml)
-# the sample is less than half of what the card trains on: smaller batches make enough steps of it
-DEMO_VARS = --vars.gpu_id -1 --vars.dataset corpus/sample --vars.dataset_config sample \
-	--vars.encoder assets/encoder-small --vars.train_size 0 --vars.dev_size 0 --vars.test_size 0 \
-	--vars.batch_size 8 --vars.epochs 2
-DEMO_VENV := build/demo-venv
-
-.PHONY: all demo fuzz known-answers lock test test-faults test-reproducible venv venv-dev venv-gpu
-
-PIP = $(BIN)/python -m pip --disable-pip-version-check -q
-# versions and hashes of every package: `make lock` has written them
-INSTALL = $(PIP) install --no-deps --require-hashes
-
-.venv/requirements.lock: requirements.lock requirements-cpu.lock requirements-cuda.lock
-	$(PYTHON) -m venv .venv
-# PyTorch's CPU build, if pip finds it; else the next line takes PyPI's
-	$(INSTALL) -r requirements-cpu.lock 2> /dev/null || true
-	$(INSTALL) -r requirements.lock
-# PyTorch's build on PyPI wants CUDA's libraries even on a CPU (3 GB); its CPU builds do without
-	$(PIP) check > /dev/null || $(INSTALL) -r requirements-cuda.lock
-	$(PIP) check
-	cp requirements.lock $@
-
-.venv/requirements-dev.lock: .venv/requirements.lock requirements-dev.lock
-	$(INSTALL) -r requirements-dev.lock
-	$(PIP) check
-	cp requirements-dev.lock $@
-
-venv: .venv/requirements.lock
-
+PIP := $(BIN)/python -m pip -q --disable-pip-version-check
+INSTALL := $(PIP) install --no-deps --require-hashes -r
+# PyTorch's CPU build (Linux, Python 3.11), which is not on PyPI
+CPU_TORCH := torch==2.13.0+cpu --hash=sha256:6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
+LOCK := $(BIN)/python -m uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes \
+	--no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
+SET := .venv/requirements$(if $(wildcard .venv/requirements-gpu.lock),-gpu).lock
+.PHONY: all demo fuzz gpu-check known-answers lock test test-faults test-reproducible venv venv-dev venv-gpu
+venv: $(SET)
+venv-gpu: .venv/requirements-gpu.lock
 venv-dev: .venv/requirements-dev.lock
-
-# after venv, on a machine with a GPU
-venv-gpu: venv
-	$(INSTALL) -r requirements-cuda.lock -r requirements-gpu.lock
-
-lock: venv-dev
-	$(BIN)/python -m scripts.lock
-
-all: venv
-	$(BIN)/python -m spacy project run all
-
+.venv/requirements.lock: requirements.lock
+	$(PYTHON) -m venv .venv
+	$(INSTALL) $< && $(PIP) check && touch $@ || { echo "The packages for a GPU run on a CPU too."; $(MAKE) venv-gpu; }
+.venv/requirements-gpu.lock: requirements-gpu.lock
+	$(PYTHON) -m venv .venv
+	$(INSTALL) $< && $(PIP) check && touch $@
+.venv/requirements-dev.lock: requirements-dev.lock $(SET)
+	$(INSTALL) $< && $(PIP) check && touch $@
+all gpu-check:
+	@nvidia-smi > /dev/null 2>&1 || { echo "No NVIDIA driver works here (nvidia-smi fails): install one, or run on the CPU with \
+	\`make venv\` and \`$(BIN)/python -m spacy project run all . --vars.gpu_id -1\`."; exit 1; }
+	$(MAKE) venv-gpu
+	$(BIN)/python -m $(if $(filter all,$@),spacy project run all,scripts.gpu_check)
 demo: venv
-	$(BIN)/python -m spacy project run build-encoder
-	$(BIN)/python -m spacy project run all . $(DEMO_VARS)
-	rm -rf $(DEMO_VENV)
-	$(PYTHON) -m venv $(DEMO_VENV)
-	$(DEMO_VENV)/bin/python -m pip install --disable-pip-version-check -q -c requirements.txt \
-		packages/it_panx_xlmr-$(VERSION)/dist/it_panx_xlmr-$(VERSION)-py3-none-any.whl
-	cd $(DEMO_VENV) && HF_HUB_OFFLINE=1 bin/python ../../scripts/show_entities.py it_panx_xlmr
-
+	@$(BIN)/python -u examples/demo.py
 test: venv-dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
-
 test-faults: venv-dev
 	FAULTS=1 $(BIN)/python -m pytest -s tests/faults tests/test_download.py tests/test_annotate.py
-
-known-answers:
-	@test -x $(DEMO_VENV)/bin/python || { echo "$(DEMO_VENV) is not there; run make demo first."; exit 1; }
-	$(DEMO_VENV)/bin/python -m tests.known_answers.compare it_panx_xlmr $(if $(ACCEPT),--accept)
-
-fuzz: venv-dev
-	$(BIN)/python tests/fuzz/test_readers.py --minutes $(or $(MINUTES),10)
-	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_hostile.py tests/test_linear_tokenizer.py
-
 test-reproducible: venv-dev
 	REPRODUCIBLE=1 $(BIN)/python -m pytest tests/test_reproducible.py
+known-answers:
+	@test -x build/demo-venv/bin/python || { echo "build/demo-venv does not exist; run make demo first."; exit 1; }
+	build/demo-venv/bin/python -m tests.known_answers.compare it_panx_xlmr $(if $(ACCEPT),--accept)
+fuzz: venv-dev
+	$(BIN)/python tests/fuzz/test_readers.py --minutes $(or $(MINUTES),10)
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_hostile.py tests/test_tokenizer.py
+lock: venv-dev
+	$(LOCK) requirements-gpu.txt requirements-dev.txt -o build/all.lock
+	$(LOCK) requirements-gpu.txt -c build/all.lock -o requirements-gpu.lock
+	$(LOCK) requirements-dev.txt -c build/all.lock -o requirements-dev.lock \
+		$$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' requirements-gpu.lock)
+	$(LOCK) requirements.txt -c build/all.lock -o build/cpu.lock
+	awk '/^[a-z]/ {skip = /^(cuda|nvidia|torch|triton)/; if (!n++) print "$(CPU_TORCH)"} !skip' build/cpu.lock > requirements.lock

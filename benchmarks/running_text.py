@@ -6,7 +6,8 @@ Tokens are joined by rule: none after an elided word, punctuation as `scripts.pa
 scored as it is, in capitals and in lower case.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from spacy.language import Language
 from spacy.tokens import Doc
 
 from scripts.common import one_sentence
-from scripts.evaluate import score_running_text
+from scripts.evaluate import Entity, entities_of, score_running_text
 from scripts.panx import Sentence, guess_spaces, read_tsv
 from scripts.pipeline import load_pipeline
 
@@ -47,11 +48,31 @@ def rows(name: str, case: str, score: dict[str, Any]) -> str:
     )
 
 
+def find_errors(nlp: Language, gold: Sequence[Doc]) -> Iterator[tuple[str, str]]:
+    """Yield (kind, gold and predicted entity) of every error: missed, spurious, label or boundary."""
+    for expected, doc in zip(gold, nlp.pipe(doc.text for doc in gold), strict=True):
+        right, found = entities_of(expected), entities_of(doc)
+
+        def name(entity: Entity | None, text: str = doc.text) -> str:
+            return f"{entity[2]} “{text[entity[0] : entity[1]]}”" if entity else "nothing"
+
+        missed, spurious = right - found, found - right
+        for entity in sorted(missed):
+            start, end, label = entity
+            other = next((e for e in sorted(spurious) if e[0] < end and start < e[1]), None)
+            kind = "missed" if other is None else "label" if other[:2] == (start, end) else "boundary"
+            spurious.discard(other)
+            yield kind, f"{name(entity)} → {name(other)}"
+        for entity in sorted(spurious):
+            yield "spurious", f"nothing → {name(entity)}"
+
+
 def main(
     model: Annotated[str, typer.Argument(help="Pipeline: a folder or an installed package", show_default=False)],
     files: Annotated[list[Path], typer.Argument(help="token<TAB>tag files, IOB2", show_default=False)],
     first: Annotated[int, typer.Option(help="Score the first N sentences of each file; 0 for all", min=0)] = 0,
     last: Annotated[int, typer.Option(help="Score the last N sentences of each file; 0 for all", min=0)] = 0,
+    errors: Annotated[int, typer.Option(help="Print the N most frequent errors of each file", min=0)] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file for all scores")] = None,
 ) -> None:
     """Score a pipeline on running text with gold entities."""
@@ -70,6 +91,11 @@ def main(
                     f"{t:.2f} {p * 100:.1f} {r * 100:.1f}" for t, p, r in scores[path.stem]["as it is"]["coverage"]
                 )
             )
+            if errors:
+                found = list(find_errors(nlp, make_gold(nlp, part, "as it is")))
+                print("errors:", ", ".join(f"{n} {kind}" for kind, n in Counter(k for k, _ in found).most_common()))
+                for (kind, names), n in Counter(found).most_common(errors):
+                    print(f"{n:4} {kind:9} {names}")
         if output:
             srsly.write_json(output, scores)
 

@@ -1,4 +1,4 @@
-"""Adds `entities` to the rows of a CSV or JSONL file: annotate_column.py news.csv annotated.jsonl --column body."""
+"""Add a column `entities` to a CSV or JSONL file: annotate_column.py news.csv annotated.jsonl --column body."""
 
 import csv
 import json
@@ -8,16 +8,17 @@ from pathlib import Path
 
 import spacy
 import typer
+from spacy.tokens import Doc
 from spacy.util import minibatch
 from tqdm import tqdm
 
-SHAPES = {".csv": "CSV with all of the header's columns", ".jsonl": "one JSON object a line"}
-ENTITY = ("text", "label", "start", "end", "score")  # start and end in characters, score is a probability
+FORMATS = {".csv": "CSV with all of the header's columns", ".jsonl": "one JSON object a line"}
+MAX_CHARACTERS = 1_000_000  # spaCy's nlp.max_length
 to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def rows(path: Path, column: str, separator: str) -> Iterator[dict]:
-    """One row after the other. Exits at the first bad one, with a sentence that names its line."""
+def read_rows(path: Path, column: str, separator: str) -> Iterator[dict]:
+    """Yield one dict per row. Exit at the first bad row with a sentence that names its line."""
     number, is_csv = 0, path.suffix == ".csv"
 
     def lines() -> Iterator[str]:
@@ -31,37 +32,46 @@ def rows(path: Path, column: str, separator: str) -> Iterator[dict]:
     try:
         for row in table if is_csv else map(json.loads, filter(str.strip, lines())):
             if is_csv and (None in row or None in row.values() or len(row) < len(table.fieldnames)):
-                raise ValueError("a field too many or too few, or two columns of one name")
+                raise ValueError("a field is missing or left over, or two columns have the same name")
             if not isinstance(row, dict) or not isinstance(row.get(column), str):
-                raise ValueError(f"no text in {column!r}, the column that --column names")
-            if len(row[column]) > 1_000_000 or "entities" in row:
-                raise ValueError("over 1,000,000 characters, spaCy's nlp.max_length, or a column 'entities' before")
-            to_json(row).encode()  # half a surrogate pair could not be written
+                raise ValueError(f"there is no text in the column {column!r} (see --column)")
+            if "entities" in row:
+                raise ValueError("there is already a column 'entities'")
+            if len(row[column]) > MAX_CHARACTERS:
+                raise ValueError(f"the text has more than {MAX_CHARACTERS:,} characters")
+            to_json(row).encode()  # raises UnicodeEncodeError for lone surrogates
             yield row
     except (ValueError, RecursionError, csv.Error) as error:
-        sys.exit(f"{path}, line {number}: {error}; expected {SHAPES[path.suffix]}, in UTF-8; mend it.")
+        sys.exit(f"{path}, line {number}: {error}; expected {FORMATS[path.suffix]}, in UTF-8; correct it.")
+
+
+def entities_of(doc: Doc) -> list[dict]:
+    """Return the entities with their offsets in characters."""
+    keys = ("text", "label", "start", "end", "score")
+    values = ((e.text, e.label_, e.start_char, e.end_char, e._.panx_score) for e in doc.ents)
+    return [dict(zip(keys, entity, strict=True)) for entity in values]
 
 
 def annotate(source: Path, target: Path, column: str = "text", model: str = "it_panx_xlmr") -> None:
     """Write the rows of SOURCE, each with the entities in its COLUMN, to TARGET; both are .csv or .jsonl files."""
-    if not {source.suffix, target.suffix} <= SHAPES.keys():
-        sys.exit(f"{source}, {target}: expected two names that end in .csv or .jsonl; rename the one that does not.")
+    if not {source.suffix, target.suffix} <= FORMATS.keys():
+        sys.exit(f"{source}, {target}: both names must end in .csv or .jsonl; rename the other file.")
     with source.open("rb") as file:
         header = file.readline().decode("utf8", "replace") if source.suffix == ".csv" else ""
-    separator, count, fields = max(",;\t", key=header.count), 0, {}
-    for row in rows(source, column, separator):  # all of them, so that a bad one is not found after hours
-        count, fields = count + 1, fields | dict.fromkeys(row)
+    separator = max(",;\t", key=header.count)
+    count, columns = 0, {}
+    for row in read_rows(source, column, separator):  # check all rows before the slow part
+        count, columns = count + 1, columns | dict.fromkeys(row)
     nlp, partial = spacy.load(model), target.with_name(f".{target.name}.partial")
     try:
         with partial.open("w", encoding="utf8", newline="") as file, tqdm(total=count, disable=None) as progress:
-            table = csv.DictWriter(file, [*fields, "entities"], delimiter=separator)
+            table = csv.DictWriter(file, [*columns, "entities"], delimiter=separator)
             if target.suffix == ".csv":
                 table.writeheader()
-            for batch in minibatch(rows(source, column, separator), 256):
-                with nlp.memory_zone():  # the vocabulary forgets the batch's words after it
+            for batch in minibatch(read_rows(source, column, separator), 256):
+                with nlp.memory_zone():
                     for doc, row in nlp.pipe(((row[column], row) for row in batch), as_tuples=True):
-                        found = [(e.text, e.label_, e.start_char, e.end_char, e._.panx_score) for e in doc.ents]
-                        row["entities"] = [dict(zip(ENTITY, values, strict=True)) for values in found]
+                        row["entities"] = entities_of(doc)
                         if target.suffix == ".csv":
                             table.writerow({k: v if isinstance(v, str | None) else to_json(v) for k, v in row.items()})
                         else:
@@ -75,5 +85,5 @@ def annotate(source: Path, target: Path, column: str = "text", model: str = "it_
 if __name__ == "__main__":
     try:
         typer.run(annotate)
-    except OSError as error:  # no such file or pipeline, a full disk
-        sys.exit(f"{error} (nothing was written; put that right and run it again)")
+    except OSError as error:  # no such file or package, a full disk
+        sys.exit(f"{error}; nothing was written: correct it and run the command again.")

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -139,6 +140,23 @@ def count(folder: Path) -> dict[str, Any]:
     }
 
 
+def agreement(folder: Path, second: Path) -> float:
+    """Return the F1 of the entities of the test part against those of a second annotation of the same sentences.
+
+    Raises UserError if the sentences differ.
+    """
+    first = [line for document in load(folder)["test"] for line in document]
+    other = [line for document in read_documents(second) for line in document]
+    for one, two in zip_longest(first, other):
+        if one is None or two is None or one.text != two.text:
+            where = (two or one).where
+            raise UserError(
+                f"{where}: not the sentence of the test part; expected the same sentences in the same order."
+            )
+    both = sum(len({*one.entities} & {*two.entities}) for one, two in zip(first, other, strict=True))
+    return 2 * both / sum(len(line.entities) for line in (*first, *other))
+
+
 def _counts(lines: Sequence[Line]) -> dict[str, Any]:
     labels = Counter(label for line in lines for _, _, label in line.entities)
     lengths = [len(line.text.split()) for line in lines]
@@ -158,6 +176,7 @@ def _counts(lines: Sequence[Line]) -> dict[str, Any]:
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder of the corpus")] = Path("corpus/running"),
+    second: Annotated[Path | None, typer.Option(help="Second annotation of the test part, to compare")] = None,
 ) -> None:
     """Check the running corpus and count what is in it into FOLDER/stats.json."""
     with one_sentence():
@@ -173,6 +192,8 @@ def main(
             f"{whole['without_entity'] * 100:.1f} % without an entity; "
             f"{stats['test_names_not_in_train'] * 100:.1f} % of the test's names are not in the training part"
         )
+        if second:
+            msg.good(f"{second}: agreement F1 {agreement(folder, second) * 100:.2f}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from scripts import convert as convert_script
 from scripts import running as running_script
 from scripts.convert import convert, make_doc, make_training_doc, repair
 from scripts.panx import SPLITS, Sentence, read_tsv, to_tsv
-from scripts.running import blank_pipeline, count, load, make_docs
+from scripts.running import agreement, blank_pipeline, count, load, make_docs
 
 FILES = {"train": "train.spacy", "validation": "dev.spacy", "test": "test.spacy"}
 ALL = dict.fromkeys(SPLITS, 0)
@@ -164,6 +164,7 @@ def test_the_projects_running_corpus_is_what_its_stats_say(tmp_path):
     assert stats["all"]["sentences"] >= 4000
     assert stats["all"]["without_entity"] >= 0.4
     assert stats["test_names_not_in_train"] >= 0.6
+    assert agreement(folder, folder / "second" / "test.txt") >= 0.95
     nlp = blank_pipeline()
     for documents in load(folder).values():
         make_docs(nlp, documents)

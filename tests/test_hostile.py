@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from spacy.tokens import Doc
 from spacy.training import Example
 
-from scripts.annotate.units import FORMATS, cut
-from scripts.annotate.worker import annotate_unit, bad_path, part_path
+from scripts.annotate.units import READERS, units
+from scripts.annotate.worker import Annotator
 from scripts.common import UserError
 from scripts.convert import convert_split, repair
 from scripts.panx import TAGS, Sentence, digest, read_tsv, to_tsv
@@ -178,27 +178,23 @@ def write_rows(path, rows):
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(texts | st.none(), min_size=1, max_size=8), st.sampled_from(FORMATS), st.integers(1, 4))
+@given(st.lists(texts | st.none(), min_size=1, max_size=8), st.sampled_from([*READERS]), st.integers(1, 4))
 @example(["\ud800\udc00"], ".jsonl", 1)
 def test_the_annotator_writes_each_row_once_or_says_what_is_wrong_with_it(nlp, rows, suffix, unit_rows):
     with tempfile.TemporaryDirectory() as name:
         source, output = Path(name) / f"hostile{suffix}", Path(name) / "annotated"
         rows = write_rows(source, rows)
-        units = list(cut(source, "text", unit_rows))
-        for unit in units:
-            annotate_unit(nlp, source, source.name, "text", 5_000, unit, output)
-        written, bad = {}, {}
-        for unit in units:
-            part = part_path(output, unit)
-            if part.exists():
-                written |= {row["row"]: row for row in pyarrow.parquet.read_table(part).to_pylist()}
-            if bad_path(output, unit).exists():
-                bad |= {row["row"]: row["reason"] for row in srsly.read_jsonl(bad_path(output, unit))}
+        annotator = Annotator("", output, {}, 1, False)
+        annotator.nlp = nlp
+        for unit in units({source.name: source}, "text", 5_000, unit_rows):
+            annotator.annotate(unit)
+        written = [row for part in output.glob("*.parquet") for row in pyarrow.parquet.read_table(part).to_pylist()]
+        bad = [row for part in output.glob("_bad/*") for row in srsly.read_jsonl(part)]
     refused = {i for i, row in enumerate(rows) if row is None or len(row) > 5_000 or SURROGATE.search(row)}
-    assert bad.keys() == refused
-    assert written.keys() == set(range(len(rows))) - refused
-    for number, row in written.items():
-        assert row["text"] == rows[number]
+    assert sorted(row["row"] for row in bad) == sorted(refused)
+    assert sorted(row["row"] for row in written) == sorted(set(range(len(rows))) - refused)
+    for row in written:
+        assert row["text"] == rows[row["row"]]
         end = 0
         for entity in row["entities"]:
             assert end <= entity["start"] < entity["end"] <= len(row["text"])

@@ -15,6 +15,7 @@ from spacy.training import Example
 from lookup_ner import example, pipeline, trained
 from scripts.pipeline.token_ner import (
     MASKED,
+    PADDING,
     TagScores,
     TokenNer,
     decode_iob2,
@@ -80,7 +81,8 @@ def test_the_loss_is_minus_the_log_of_the_gold_tags_share_of_all_valid_sequences
         expected += numpy.logaddexp.reduce(list(scores.values())) - numpy.logaddexp.reduce(agreeing)
         gold.append(tags)
     tensors = torch.nn.utils.rnn.pad_sequence([torch.tensor(emissions) for emissions in batch], batch_first=True)
-    loss = negative_log_likelihood(tensors, torch.tensor(transitions), torch.tensor(start), gold)
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(tags) for tags in gold], True, PADDING)
+    loss = negative_log_likelihood(tensors, torch.tensor(transitions), torch.tensor(start), padded)
     assert float(loss) == pytest.approx(expected, abs=1e-3)
 
 

@@ -1,248 +1,152 @@
-"""Finds Parquet, CSV and JSONL files, cuts them into units of consecutive rows, and reads a unit by itself."""
+"""Read Parquet, CSV and JSONL files row by row and cut them into units of consecutive rows."""
 
 import csv
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import pyarrow
 import pyarrow.parquet
 from wasabi import msg
 
 from scripts.common import UserError
 
-FORMATS = (".parquet", ".csv", ".jsonl")
-BOM = b"\xef\xbb\xbf"
-# characters of a CSV field, bytes of a JSONL line: a quote that is never closed, or a file that is one JSON array, must
-# not fill the memory
-FIELD_LIMIT = 100_000_000
+SURROGATE = re.compile("[\ud800-\udfff]")  # stands for a byte that is not UTF-8
+STRINGS = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null())
+UNIT_CHARS = 4_000_000  # a unit with more characters ends before it has `unit_rows` rows
+# characters of a CSV cell, bytes of a JSONL line: an unclosed quote or a file without line breaks must not fill memory
+LIMIT = 100_000_000
+
+Row = tuple[str | None, str | None]  # a text, or None and the reason why the row is bad
 
 
 class Unit(NamedTuple):
-    """Rows `first` to `first` + `count` - 1 of input file number `file`; `offset` is the byte where row `first` begins
-    (0 in Parquet, which has row numbers of its own).
-    """
+    """Consecutive rows of an input file from row number `first` on, and the name of the output file, `part`."""
 
-    file: int
+    part: str
+    name: str
     first: int
-    count: int
-    offset: int
+    rows: list[Row]
 
 
-def root_of(source: Path) -> Path:
-    """The folder that the input files' names are relative to."""
-    return source if source.is_dir() else source.parent
-
-
-def input_files(source: Path, output: Path) -> list[Path]:
-    """The files to annotate, in order: `source` itself, or those below it that are not hidden, nor this
-    command's own.
-
-    Raises UserError if there is none, and for a name that is not UTF-8, which no output could hold.
-    """
-    if source.is_file() and source.suffix in FORMATS:
-        return [source]
-    files, others = [], []
-    for path in sorted(p for p in source.rglob("*") if p.is_file()):
-        written = source in output.parents and output in path.parents
-        if not written and not any(name[0] in "._" for name in path.relative_to(source).parts):
-            (files if path.suffix in FORMATS else others).append(path)
+def input_files(source: Path, output: Path) -> dict[str, Path]:
+    """Return the files to annotate by name: `source`, or those below it that are not hidden. Raises UserError."""
+    if source.is_file() and source.suffix in READERS:
+        return {source.name: source}
+    inside = source in output.parents
+    names = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
+    names = [name for name in names if not any(part[0] in "._" for part in name.parts)]
+    names = [name for name in names if not (inside and output in (source / name).parents)]
+    files = {name.as_posix(): source / name for name in names if name.suffix in READERS}
     if not files:
-        raise UserError(f"{source}: no {', '.join(FORMATS)} file to annotate; name a folder that has some, or a file.")
-    if wrong := [path for path in files if not is_utf8(str(path.relative_to(source)))]:
-        raise UserError(f"{ascii(str(wrong[0]))}: the file's name is not UTF-8; rename it.")
-    if others:
-        msg.warn(f"Left out, neither {', '.join(FORMATS)}: {len(others)} file(s), {others[0]} first")
+        raise UserError(f"{source}: no {', '.join(READERS)} file; name a folder that has some, or a file.")
+    if wrong := [name for name in files if SURROGATE.search(name)]:  # no output could hold the name
+        raise UserError(f"{ascii(wrong[0])}: the file's name is not UTF-8; rename it.")
+    if len(files) < len(names):
+        msg.warn(f"Skipped {len(names) - len(files)} file(s) that are not {', '.join(READERS)}.")
     return files
 
 
-def is_utf8(text: str) -> bool:
-    """Whether the text has no lone surrogates, which stand for what could not be decoded."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def fingerprint(path: Path) -> list[int]:
-    """Size in bytes, and time of the last change in ns."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
+    """Return a file's size in bytes and its modification time in ns."""
+    return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
-def cut(path: Path, column: str, rows: int, file: int = 0) -> Iterator[Unit]:
-    """The units of a file, `rows` rows each but the last. Parquet's metadata are read, of the other formats every byte.
-
-    A JSONL file's rows are its lines, empty ones too; a CSV file's are the records after the header, blank lines are
-    none. Raises UserError where the file can't be read as what its name says, and where it lacks the column.
-    """
-    if path.suffix == ".parquet":
-        offsets, count = None, _parquet(path, column).metadata.num_rows
-    elif path.suffix == ".csv":
-        records = _csv_records(path)
-        _csv_column(path, column, next(records, (0, []))[1])
-        offsets, count = [], 0
-        for count, (offset, _) in enumerate(records, 1):
-            if count % rows == 1 % rows:
-                offsets.append(offset)
-    else:
-        _check_jsonl_column(path, column)
-        offsets, count = _line_offsets(path, rows)
-    for first in range(0, count, rows):
-        yield Unit(file, first, min(rows, count - first), offsets[first // rows] if offsets else 0)
+def units(files: dict[str, Path], column: str, max_chars: int, unit_rows: int) -> Iterator[Unit]:
+    """Yield all rows in units, the same in every run. Raises what `read` does, and UserError if a file changes."""
+    for number, (name, path) in enumerate(files.items()):
+        before, first, size = fingerprint(path), 0, 0
+        rows: list[Row] = []
+        for row in read(path, column, max_chars):
+            rows.append(row)
+            size += len(row[0] or "")
+            if len(rows) == unit_rows or size > UNIT_CHARS:
+                yield Unit(f"part-{number:06}-{first:012}.parquet", name, first, rows)
+                first, size, rows = first + len(rows), 0, []
+        if rows:
+            yield Unit(f"part-{number:06}-{first:012}.parquet", name, first, rows)
+        if fingerprint(path) != before:
+            raise UserError(f"{path}: changed while it was read; annotate it into a new folder.")
 
 
-def read(path: Path, column: str, unit: Unit) -> Iterator[tuple[Any, str]]:
-    """Each row's value in the column, and "" or the reason why the row has none. Memory does not grow with the unit.
-
-    Raises OSError and pyarrow.ArrowException where the file can't be read.
-    """
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path, column, unit)
-    elif path.suffix == ".csv":
-        index = _csv_column(path, column, next(_csv_records(path))[1])
-        for _, fields in islice(_csv_records(path, unit.offset), unit.count):
-            few = f"the row has {len(fields)} fields, {column!r} is field {index + 1}"
-            yield (fields[index], "") if index < len(fields) else (None, few)
-    else:
-        with path.open("rb") as file:
-            file.seek(unit.offset)
-            for _ in range(unit.count):
-                yield _parse(_line(file), column)
+def read(path: Path, column: str, max_chars: int) -> Iterator[Row]:
+    """Yield a file's rows: the lines of JSONL, the records of CSV. Raises UserError if there is no such column."""
+    for value, reason in READERS[path.suffix](path, column):
+        reason = reason or _reason_against(value, max_chars)
+        yield (None, reason) if reason else (value, None)
 
 
-def _parquet(path: Path, column: str) -> pyarrow.parquet.ParquetFile:
-    try:
-        # a buffer: pages are read as they are needed, not a row group at once
-        file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    except (pyarrow.ArrowException, OSError) as error:
-        if getattr(error, "errno", None):  # the file system's own; Arrow's have no number
-            raise
-        reason = str(error).split("\n")[0].removesuffix(".")
-        raise UserError(f"{path}: not a whole Parquet file ({reason}); write it again or take it away.") from None
-    _check_column(path, column, file.schema_arrow.names)
-    kind = file.schema_arrow.field(file.schema_arrow.names.index(column)).type
-    if pyarrow.types.is_dictionary(kind):
-        kind = kind.value_type
-    texts = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
-    if not any(is_text(kind) for is_text in (*texts, pyarrow.types.is_null)):
-        raise UserError(f"{path}: the column {column!r} is {kind}, not strings; name another column with --column.")
-    return file
+def _reason_against(value: Any, max_chars: int) -> str:
+    if value is None:
+        return "null"
+    if not isinstance(value, str):
+        return f"not a string: {type(value).__name__}"
+    if len(value) > max_chars:
+        return f"too long: {len(value):,} characters"
+    return "not UTF-8" if SURROGATE.search(value) else ""
 
 
-def _check_column(path: Path, column: str, names: list[str]) -> None:
+def _check_column(path: Path, column: str, names: Sequence[str]) -> None:
     if column not in names:
-        there = ", ".join(map(repr, names[:20])) or "none"
-        raise UserError(f"{path}: no column {column!r}; its columns are {there}; name one with --column.")
+        columns = ", ".join(map(repr, names[:20])) or "none"
+        raise UserError(f"{path}: no column {column!r}; its columns are {columns}; name one with --column.")
 
 
-def _read_parquet(path: Path, column: str, unit: Unit) -> Iterator[tuple[Any, str]]:
-    file = _parquet(path, column)
-    groups, skip, before = [], unit.first, 0
-    for number in range(file.num_row_groups):
-        rows = file.metadata.row_group(number).num_rows
-        if before + rows <= unit.first:
-            skip -= rows
-        elif before < unit.first + unit.count:
-            groups.append(number)
-        before += rows
-    left = unit.count
-    for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[column]):
-        values = batch.column(0).slice(skip, left)
-        skip, left = max(0, skip - len(batch)), left - len(values)
-        for value in values:
-            try:
-                yield value.as_py(), ""
-            except UnicodeDecodeError:
-                yield None, "not UTF-8"
-        if not left:
-            break
-
-
-def _csv_records(path: Path, offset: int = 0) -> Iterator[tuple[int, list[str]]]:
-    """(byte where it begins, fields) of each record that is no blank line, the header among them.
-
-    Raises UserError where Python's csv module can't go on.
-    """
-    csv.field_size_limit(FIELD_LIMIT)
-    start = position = offset
-
-    with path.open("rb") as file:
-        file.seek(offset)
-
-        def lines() -> Iterator[str]:
-            nonlocal position
-            # a bound for lines: a quote may stay open to the end of the file
-            while line := file.readline(FIELD_LIMIT):
-                text = line.removeprefix(BOM) if position == 0 else line
-                position += len(line)
-                yield text.decode("utf8", "surrogateescape")  # what is no UTF-8 becomes a bad row, not a crash
-
-        reader = csv.reader(lines())
-        try:
-            for fields in reader:
-                if fields:
-                    yield start, fields
-                start = position
-        except csv.Error as error:
-            raise UserError(
-                f"{path}: the record at byte {start:,} is no CSV ({error}); close its quotes, end its lines with \\n."
-            ) from None
-
-
-def _csv_column(path: Path, column: str, header: list[str]) -> int:
-    _check_column(path, column, header)
-    return header.index(column)
-
-
-def _line(file: Any) -> bytes:
-    """The next line, or its first FIELD_LIMIT bytes; the file then stands after the whole line."""
-    line = rest = file.readline(FIELD_LIMIT)
-    while len(rest) == FIELD_LIMIT and not rest.endswith(b"\n"):
-        rest = file.readline(FIELD_LIMIT)
-    return line
-
-
-def _line_offsets(path: Path, rows: int) -> tuple[list[int], int]:
-    """The byte where every `rows`-th line begins, and the number of lines."""
-    offsets, count, position, last = [0], 0, 0, b"\n"
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            ends = numpy.flatnonzero(numpy.frombuffer(chunk, dtype="uint8") == ord("\n"))
-            offsets += (ends[-(count + 1) % rows :: rows] + position + 1).tolist()
-            count, position, last = count + len(ends), position + len(chunk), chunk[-1:]
-    return offsets, count + (last != b"\n")
-
-
-def _parse(line: bytes, column: str) -> tuple[Any, str]:
-    if len(line) == FIELD_LIMIT:
-        return None, f"the line has more than {FIELD_LIMIT:,} bytes"
-    if not line.strip():
-        return None, "an empty line"
+def _read_parquet(path: Path, column: str) -> Iterator[tuple[Any, str]]:
     try:
-        row = json.loads(line.removeprefix(BOM).decode("utf8"))
-    except UnicodeDecodeError:
-        return None, "not UTF-8"
-    except (ValueError, RecursionError) as error:
-        return None, f"not JSON ({error})"
-    if not isinstance(row, dict):
-        return None, "not a JSON object"
-    return (row[column], "") if column in row else (None, f"no {column!r}")
+        # a buffer: pages are read as they are needed, not a whole row group at once
+        file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        _check_column(path, column, file.schema_arrow.names)
+        kind = file.schema_arrow.field(column).type
+        if (kind.value_type if pyarrow.types.is_dictionary(kind) else kind) not in STRINGS:
+            raise UserError(f"{path}: the column {column!r} is {kind}, not strings; name another column with --column.")
+        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():  # Arrow does not check strings
+                yield None if value is None else value.decode("utf8", "surrogateescape"), ""
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).split("\n")[0].removesuffix(".")
+        raise UserError(f"{path}: not a whole Parquet file ({reason}); write it again or remove it.") from None
 
 
-def _check_jsonl_column(path: Path, column: str) -> None:
-    """Raises UserError if no object in the first 100 lines has the column, but others."""
-    names: dict[str, None] = {}
+def _read_csv(path: Path, column: str) -> Iterator[tuple[Any, str]]:
+    csv.field_size_limit(LIMIT)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(iter(lambda: file.readline(LIMIT), ""))
+        records = filter(None, reader)  # without blank lines
+        try:
+            header = next(records, [])
+            _check_column(path, column, header)
+            index = header.index(column)
+            for cells in records:
+                wrong = f"{len(cells)} cells, the header has {len(header)}"
+                yield (cells[index], "") if len(cells) == len(header) else (None, wrong)
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num:,}: not CSV ({error}); check its quotes.") from None
+
+
+def _read_jsonl(path: Path, column: str) -> Iterator[tuple[Any, str]]:
+    # a wrong column is an error of the command, not of each row
+    if names := list({name: None for row, _ in islice(_objects(path), 100) for name in row}):
+        _check_column(path, column, names)
+    for row, reason in _objects(path):
+        yield row.get(column), reason or ("" if column in row else f"no {column!r}")
+
+
+def _objects(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield each line's JSON object and "", or an empty one and the reason why the line has none."""
     with path.open("rb") as file:
-        for _ in range(100):
-            try:
-                row = json.loads(_line(file).removeprefix(BOM))
-            except (ValueError, RecursionError):
-                continue
-            names |= dict.fromkeys(row if isinstance(row, dict) else ())
-    if names:
-        _check_column(path, column, list(names))
+        whole = True
+        while line := file.readline(LIMIT):
+            begins, whole = whole, line.endswith(b"\n")
+            if begins:  # else it is the rest of a longer line
+                try:
+                    row = json.loads(line.decode("utf-8-sig", "surrogateescape"))
+                    yield (row, "") if isinstance(row, dict) else ({}, "not a JSON object")
+                except (ValueError, RecursionError) as error:
+                    yield {}, f"not JSON: {error}"
+
+
+READERS = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_jsonl}

@@ -1,117 +1,101 @@
-"""Annotates a unit of rows and writes its files: the annotated rows (Parquet), the bad ones and why (JSONL)."""
+"""Annotate a unit of rows and write its files: the annotated rows as Parquet, the bad rows with the reason as JSONL."""
 
+import hashlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+import spacy
 import srsly
+import torch
 from spacy.language import Language
-from spacy.tokens import Doc, Span
+from spacy.tokens import Span
+from spacy.util import get_package_path, is_package
 
-from scripts.annotate.units import Unit, is_utf8, read
-from scripts.common import replacing
+from scripts.annotate.units import Unit
+from scripts.common import UserError, replacing
 
 ENTITY = {"start": pyarrow.int32(), "end": pyarrow.int32(), "label": pyarrow.string(), "score": pyarrow.float32()}
-SCHEMA = pyarrow.schema(
-    {
-        "file": pyarrow.string(),
-        "row": pyarrow.int64(),
-        "text": pyarrow.string(),
-        "entities": pyarrow.list_(pyarrow.struct(ENTITY)),
-    }
-)
-HELD = 4_000_000  # characters of texts that are held before they are written
+COLUMNS = {"file": pyarrow.string(), "row": pyarrow.int64(), "text": pyarrow.string()}
+SCHEMA = pyarrow.schema(COLUMNS | {"entities": pyarrow.list_(pyarrow.struct(ENTITY))})
 
 
-def part_path(output: Path, unit: Unit) -> Path:
-    """The file of a unit's annotated rows: a unit whose file is there is done."""
-    return output / f"part-{unit.file:06}-{unit.first:012}.parquet"
+def identify(model: str, precision: str | None = None) -> str:
+    """Return a pipeline's name, version and the SHA-256 of its files. Raises UserError if workers can't load it so."""
+    folder = get_package_path(model) if is_package(model) else Path(model)
+    if not (folder / "meta.json").is_file():
+        raise UserError(f"{model}: neither an installed pipeline nor a pipeline's folder; install its wheel first.")
+    config = (folder / "config.cfg").read_text(encoding="utf8")
+    if not is_package(model) and "panx_xlmr." in config:
+        raise UserError(f"{model}: a pipeline without its code; install the wheel that `package` builds and name that.")
+    if precision and "\nprecision = " not in config:
+        raise UserError(f"{model}: the pipeline has no setting `precision`; leave out --precision.")
+    meta, digest = srsly.read_json(folder / "meta.json"), hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc"):
+        digest.update(f"{path.relative_to(folder).as_posix()} ".encode() + path.read_bytes())
+    return f"{meta['lang']}_{meta['name']} {meta['version']} {digest.hexdigest()}"
 
 
-def bad_path(output: Path, unit: Unit) -> Path:
-    """The file of a unit's bad rows; readers of Parquet folders pass over names that begin with `_`."""
-    return output / "_bad" / f"{part_path(output, unit).stem}.jsonl"
+def annotate_texts(nlp: Language, texts: list[str]) -> list[list[dict[str, Any]] | str]:
+    """Return each text's entities, or the reason why the pipeline fails on it. Raises what it raises on any text."""
+    scored = Span.has_extension("panx_score")
 
+    def entity(e: Span) -> dict[str, Any]:
+        score = e._.panx_score if scored else None
+        return {"start": e.start_char, "end": e.end_char, "label": e.label_, "score": score}
 
-def reason_against(value: Any, max_chars: int) -> str:
-    """Why a value is no text to annotate; "" if it is."""
-    if value is None:
-        return "null"
-    if not isinstance(value, str):
-        return f"not a string: {type(value).__name__}"
-    if len(value) > max_chars:
-        return f"too long: {len(value):,} characters"
-    return "" if is_utf8(value) else "not valid Unicode"
-
-
-def entities(doc: Doc) -> list[dict[str, Any]]:
-    """The entities, character offsets in the text; `score` is None where the pipe that set the entity gives none."""
-    scored = Span.has_extension("score")
-    return [
-        {"start": e.start_char, "end": e.end_char, "label": e.label_, "score": e._.panx_score if scored else None}
-        for e in doc.ents
-    ]
-
-
-def annotate_texts(nlp: Language, texts: Sequence[str]) -> list[list[dict[str, Any]] | str]:
-    """Each text's entities, or the reason why the pipeline fails on this text. Raises what it raises on any text."""
     try:
         with nlp.memory_zone():  # or the vocabulary would grow with every new word
-            return [entities(doc) for doc in nlp.pipe(texts)]
-    except Exception:
-        return [_annotate_alone(nlp, text) for text in texts]
-
-
-def _annotate_alone(nlp: Language, text: str) -> list[dict[str, Any]] | str:
-    try:
-        return entities(nlp(text))
+            return [[entity(e) for e in doc.ents] for doc in nlp.pipe(texts)]
     except Exception as error:
-        nlp("Una prova.")  # raises where it is not the text: no memory, a broken GPU
-        return f"the pipeline fails: {type(error).__name__}: {error}"
+        if len(texts) > 1:
+            return [annotate_texts(nlp, [text])[0] for text in texts]
+        nlp("Una prova.")  # raises if it is not the text: no memory, a broken GPU
+        return [f"the pipeline fails: {type(error).__name__}: {error}"]
 
 
-def annotate_unit(
-    nlp: Language, source: Path, name: str, column: str, max_chars: int, unit: Unit, output: Path
-) -> None:
-    """Writes a unit's files, the bad rows' first. `name` is what the rows say of their file.
+class Annotator:
+    """The Ray actor: holds the pipeline and annotates one unit per call."""
 
-    Raises what `read` does, OSError, and what the pipeline raises on any text.
-    """
-    bad: list[dict[str, Any]] = []
-    held: list[tuple[int, str]] = []
+    def __init__(self, model: str, output: Path, settings: dict[str, Any], cpus: int, gpu: bool) -> None:
+        self.model, self.output, self.settings, self.cpus, self.gpu = model, output, settings, cpus, gpu
+        self.nlp: Language | None = None  # the first unit loads it: Ray gives up units, but never an actor's start
 
-    def refuse(row: int, reason: str) -> None:
-        bad.append({"file": name, "row": row, "reason": reason})
+    def load(self) -> Language:
+        """Load the pipeline. Raises UserError if it is another one than the driver's."""
+        torch.set_num_threads(self.cpus)
+        if self.gpu:
+            spacy.require_gpu()
+        if identify(self.model) != self.settings["model"]:
+            raise UserError(f"{self.model} is another pipeline on this machine; install the same wheel.")
+        precision = self.settings["precision"]
+        config = {"components.transformer.model.precision": precision} if precision else {}
+        nlp = spacy.load(self.model, config=config)
+        nlp.max_length = max(nlp.max_length, self.settings["max_chars"])
+        return nlp
 
-    def flush(writer: pyarrow.parquet.ParquetWriter) -> None:
-        good = []
-        for (row, text), found in zip(held, annotate_texts(nlp, [text for _, text in held]), strict=True):
-            if isinstance(found, str):
-                refuse(row, found)
-            else:
-                good.append({"file": name, "row": row, "text": text, "entities": found})
-        writer.write_table(pyarrow.Table.from_pylist(good, schema=SCHEMA))
-        held.clear()
-
-    with replacing(part_path(output, unit)) as temporary:
-        with pyarrow.parquet.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
-            characters = 0
-            for row, (value, reason) in enumerate(read(source, column, unit), unit.first):
-                if reason := reason or reason_against(value, max_chars):
-                    refuse(row, reason)
-                    continue
-                held.append((row, value))
-                characters += len(value)
-                if characters > HELD:
-                    flush(writer)
-                    characters = 0
-            flush(writer)
-        bad_path(output, unit).unlink(missing_ok=True)
-        if bad:
-            with replacing(bad_path(output, unit)) as file:
-                srsly.write_jsonl(file, sorted(bad, key=lambda row: row["row"]))
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # after a power cut, no name without its content
+    def annotate(self, unit: Unit) -> int:
+        """Write a unit's files, the annotated rows last, and return the number of bad rows."""
+        part = self.output / unit.part
+        if not part.exists():  # it exists if a worker was killed after it had written the unit
+            self.nlp = self.nlp or self.load()
+            found = iter(annotate_texts(self.nlp, [text for text, _ in unit.rows if text is not None]))
+            good, bad = [], []
+            for row, (text, reason) in enumerate(unit.rows, unit.first):
+                result = reason or next(found)
+                if isinstance(result, str):
+                    bad.append({"file": unit.name, "row": row, "reason": result})
+                else:
+                    good.append({"file": unit.name, "row": row, "text": text, "entities": result})
+            bad_path = self.output / "_bad" / f"{part.stem}.jsonl"  # readers of Parquet folders ignore names with `_`
+            bad_path.unlink(missing_ok=True)  # of a worker that was killed
+            if bad:
+                with replacing(bad_path) as file:
+                    srsly.write_jsonl(file, bad)
+            with replacing(part) as file:
+                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(good, schema=SCHEMA), file, compression="zstd")
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())  # after a power cut, no name without its content
+        return len(unit.rows) - pyarrow.parquet.read_metadata(part).num_rows

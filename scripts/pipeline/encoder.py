@@ -32,7 +32,7 @@ from spacy_transformers.data_classes import FullTransformerBatch, HFObjects, Tra
 from spacy_transformers.layers import trfs2arrays
 from spacy_transformers.layers.hf_shim import HFShim
 from spacy_transformers.layers.transformer_model import TransformerModel, huggingface_from_pretrained
-from thinc.api import Model, Optimizer, chain, get_array_module, get_torch_default_device, torch2xp, xp2torch
+from thinc.api import Model, Ops, Optimizer, chain, get_array_module, get_torch_default_device, torch2xp, xp2torch
 from thinc.types import Floats2d, Floats3d, Ragged
 from torch.nn.functional import embedding
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
@@ -258,8 +258,8 @@ class TransformerShim(HFShim):
         transformer = self._model
         transformer.train()
         weight = transformer.get_input_embeddings().weight
-        ids = torch.tensor([i for window in windows for i in window.ids], device=weight.device)
-        rows = ids.unique()
+        ids = numpy.unique([i for window in windows for i in window.ids])  # on the CPU: `unique` would wait for a GPU
+        rows = torch.from_numpy(ids).to(weight.device)
         leaf = weight.detach()[rows].requires_grad_(weight.requires_grad)
         with torch.autocast("cuda", enabled=self._mixed_precision):
             vectors = self._run(windows, lambda ids: embedding(torch.searchsorted(rows, ids), leaf), transformer)
@@ -317,23 +317,33 @@ class TransformerShim(HFShim):
         transformer: torch.nn.Module,
     ) -> torch.Tensor:
         device, dtype = transformer.device, transformer.dtype
-        outputs, places, padded = [], numpy.empty(sum(w.count for w in windows), dtype="int64"), 0
+        inputs, places, padded = [], numpy.empty(sum(w.count for w in windows), dtype="int64"), 0
         for group in grouped_by_length(windows, GROUP_SIZE.get(device.type, GROUP_SIZE["cuda"])):
             length = max(len(window.ids) for window in group)
-            ids = numpy.full((len(group), length), windows[0].ids[0], dtype="int64")  # masked, so any id will do
-            mask = numpy.zeros((len(group), length), dtype="int64")
+            ids, mask = numpy.zeros((2, len(group), length), dtype="int64")
+            ids[:] = windows[0].ids[0]  # masked, so any id will do
             for i, window in enumerate(group):
                 ids[i, : len(window.ids)] = window.ids
                 mask[i, : len(window.ids)] = 1
                 first = padded + i * length + window.first
                 places[window.row : window.row + window.count] = numpy.arange(first, first + window.count)
             padded += ids.size
-            inputs = {"inputs_embeds": embed(torch.from_numpy(ids).to(device)).to(dtype)}
-            if not mask.all():
-                inputs["attention_mask"] = torch.from_numpy(mask).to(device)
-            output = transformer(**inputs)
+            inputs += [ids, mask]
+        places_there, *inputs_there = _copied([places, *inputs], device)
+        outputs = []
+        for ids, mask, padding in zip(inputs_there[::2], inputs_there[1::2], inputs[1::2], strict=True):
+            # PyTorch is faster without a mask
+            masked = {} if padding.all() else {"attention_mask": mask}
+            output = transformer(inputs_embeds=embed(ids).to(dtype), **masked)
             outputs.append(output.last_hidden_state.flatten(0, 1))
-        return torch.cat(outputs)[torch.from_numpy(places).to(device)].float()
+        return torch.cat(outputs).index_select(0, places_there).float()
+
+
+def _copied(arrays: Sequence[numpy.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Return integer arrays as tensors on a device. One copy is faster than several."""
+    flat = torch.from_numpy(numpy.concatenate([array.ravel() for array in arrays])).to(device)
+    parts = flat.split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 def row_scales(matrix: torch.Tensor) -> torch.Tensor:
@@ -493,6 +503,7 @@ def forward(
     shim = model.layers[0].shims[0]
     vectors, backprop = shim(windows, is_train)
     array, doc_data, row = torch2xp(vectors.detach()), [], 0
+    aligned = _on_device(model.ops, aligned)
     for wordpieces, align in aligned:
         rows = sum(wordpieces.lengths)
         if not rows:
@@ -546,6 +557,16 @@ def wordpiece_windows(
         aligned.append((wordpieces, align_tokens(doc, encoding.offsets)))
         row += len(ids) + 1
     return windows, aligned
+
+
+def _on_device(ops: Ops, aligned: Sequence[tuple[WordpieceBatch, Ragged]]) -> list[tuple[WordpieceBatch, Ragged]]:
+    """Copy the rows of all Docs' tokens to the device at once; spacy-transformers would copy them Doc by Doc, twice."""
+    flat = ops.asarray(numpy.concatenate([align.dataXd for _, align in aligned]))
+    ends = numpy.cumsum([len(align.data) for _, align in aligned])
+    return [
+        (wordpieces, Ragged(flat[end - len(align.data) : end], align.lengths))
+        for (wordpieces, align), end in zip(aligned, ends, strict=True)
+    ]
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:

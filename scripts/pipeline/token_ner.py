@@ -26,6 +26,7 @@ from thinc.types import Floats1d, Floats2d, FloatsXd
 FACTORY = "panx_xlmr_ner_v2"  # the number changes with the stored format
 OUTSIDE = 0  # tag ids: O is 0, then B and I of each label in turn
 MASKED = -1  # a missing tag: not annotated, or not aligned
+PADDING = -2  # no tag: behind the end of a sequence
 APOSTROPHES = frozenset("'’")
 QUOTES = APOSTROPHES | frozenset('"`‘“”«»')
 HYPHENS = frozenset("-\u2010\u2011")
@@ -282,9 +283,10 @@ class TokenNer(TrainablePipe):
             for scores in (self.model.ops.xp.concatenate(scores.emissions), scores.transitions, scores.start)
         ]
         count = sum(tag != MASKED for tags in gold for tag in tags)
-        device = emissions.device
-        padded = emissions[torch.from_numpy(_padded(rows, 0)).to(device)]
-        loss = negative_log_likelihood(padded, transitions, start, gold) / max(count, 1)
+        # one copy to a GPU is faster than two
+        both = torch.from_numpy(numpy.stack([_padded(rows, 0), _padded(gold, PADDING)])).to(emissions.device)
+        padded = emissions.index_select(0, both[0].flatten()).view(*both[0].shape, -1)
+        loss = negative_log_likelihood(padded, transitions, start, both[1]) / max(count, 1)
         gradients = [torch2xp(g) for g in torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
         by_doc = self.model.ops.unflatten(gradients[0], numpy.array(lengths, dtype="int32"))
         return float(loss.detach()), TagScores(by_doc, *gradients[1:])
@@ -341,28 +343,29 @@ def _padded(sequences: Sequence[Sequence[int]], filler: int) -> numpy.ndarray:
 
 
 def negative_log_likelihood(
-    emissions: torch.Tensor, transitions: torch.Tensor, start: torch.Tensor, gold: Sequence[Sequence[int]]
+    emissions: torch.Tensor, transitions: torch.Tensor, start: torch.Tensor, gold: torch.Tensor
 ) -> torch.Tensor:
     """Return the sum over sequences of -log P(gold tags | valid IOB2 sequences), in nats.
 
-    emissions: shape (sequences, longest, tags); rows beyond a sequence's length are ignored. gold: tag ids of each
-    sequence, MASKED where any tag will do. The partition functions come from the forward algorithm (Rabiner 1989) over
-    all sequences and over those that agree with the gold tags. Matrices of adjacent tags are multiplied in pairs, in
-    the log semiring, so that the number of GPU kernels grows with the logarithm of the length.
+    emissions: shape (sequences, longest, tags). gold: tag ids, shape (sequences, longest), MASKED where any tag will do
+    and PADDING behind the end of a sequence, where emissions are ignored. The partition functions come from the forward
+    algorithm (Rabiner 1989) over all sequences and over those that agree with the gold tags. Matrices of adjacent tags
+    are multiplied in pairs, in the log semiring, so that the number of GPU kernels grows with the logarithm of the
+    length.
     """
-    if not any(gold):
+    if not gold.numel():
         return (emissions.sum() + transitions.sum() + start.sum()) * 0
     device, tags = start.device, len(start)
-    follows, begins = (torch.from_numpy(allowed).to(device) for allowed in allowed_transitions(tags))
-    lengths = torch.tensor([len(some) for some in gold]).repeat(2).to(device)
-    known = torch.from_numpy(_padded(gold, MASKED)).to(device)[..., None]
+    allowed = torch.from_numpy(numpy.vstack(allowed_transitions(tags))).to(device)
+    follows, begins = allowed[:-1], allowed[-1]
+    exists = (gold != PADDING).repeat(2, 1)
+    known = gold[..., None]
     agrees = (known == MASKED) | (known == torch.arange(tags, device=device))
     scores = torch.cat([emissions, emissions.masked_fill(~agrees, IMPOSSIBLE)])
     # shape (sequences, length - 1, tags, tags): from each tag to each next one; the identity beyond the end
     steps = transitions.masked_fill(~follows, IMPOSSIBLE) + scores[:, 1:, None, :]
     identity = torch.full((tags, tags), IMPOSSIBLE, device=device).fill_diagonal_(0.0)
-    inside = torch.arange(1, scores.shape[1], device=device) < lengths[:, None]
-    steps = torch.where(inside[..., None, None], steps, identity)
+    steps = torch.where(exists[:, 1:, None, None], steps, identity)
     while steps.shape[1] > 1:
         if steps.shape[1] % 2:
             steps = torch.cat([steps, identity.expand(len(steps), 1, tags, tags)], dim=1)
@@ -370,7 +373,7 @@ def negative_log_likelihood(
     forward = start.masked_fill(~begins, IMPOSSIBLE) + scores[:, 0]
     if steps.shape[1]:
         forward = torch.logsumexp(forward[:, :, None] + steps[:, 0], dim=1)
-    every, agreeing = torch.logsumexp(forward, dim=1).where(lengths > 0, 0.0).chunk(2)
+    every, agreeing = torch.logsumexp(forward, dim=1).where(exists[:, 0], 0.0).chunk(2)
     return (every - agreeing).sum()
 
 
