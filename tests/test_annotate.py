@@ -244,7 +244,7 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(model, refused, tmp_path
 def test_bad_input_is_refused_and_nothing_written(refused, tmp_path, monkeypatch, name, content, options, expected):
     monkeypatch.setattr("scripts.annotate.units.LIMIT", 100_000)
     spacy.blank("it").to_disk(tmp_path / "blank")
-    tokenizer = {"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v1"}}}
+    tokenizer = {"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v2"}}}
     spacy.blank("it", config=tokenizer).to_disk(tmp_path / "project")
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / (name if "." in name else "a.jsonl")).write_bytes(content)

@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 import unicodedata
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -25,7 +26,7 @@ from spacy.training import Example
 from scripts.annotate.units import READERS, units
 from scripts.annotate.worker import Annotator
 from scripts.common import UserError
-from scripts.convert import convert_split, repair
+from scripts.convert import convert_split, make_doc, repair
 from scripts.panx import TAGS, Sentence, digest, read_tsv, to_tsv
 from scripts.pipeline import encoder
 from scripts.pipeline.tokenizer import SURROGATE
@@ -243,7 +244,7 @@ def test_sentences_survive_the_way_to_a_file_and_back(tmp_path_factory, some):
 @given(st.lists(lines, min_size=1, max_size=4))
 def test_tokens_and_tags_of_any_sentence_survive_the_conversion(some):
     with contextlib.suppress(UserError):  # every token of all of them is blank
-        docs, _ = convert_split(some, VOCAB, "hostile")
+        docs, _ = convert_split(some, "hostile", partial(make_doc, VOCAB))
         kept = [whole for whole, _ in map(repair, some) if whole.words]
         for doc, whole in zip(docs, kept, strict=True):
             assert tuple(token.text for token in doc) == whole.words

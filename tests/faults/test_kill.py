@@ -58,7 +58,7 @@ def test_a_training_killed_while_it_writes_is_done_again(project, variables, tmp
     before = table.stat().st_mtime_ns
     run = Run(copy, "train", variables, "--force")
     try:
-        run.wait(lambda: table.stat().st_mtime_ns != before)
+        run.wait(lambda: table.exists() and table.stat().st_mtime_ns != before)
         time.sleep(random.Random(os.environ.get("FAULT_SEED", "0")).random() / 2)
     finally:
         assert run.kill() == -signal.SIGKILL

@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,7 @@ from fake_hub import write_encoder
 from scripts import build_encoder, download
 from scripts.common import UserError
 from scripts.configure import count_docs
-from scripts.convert import convert_split, spacy
+from scripts.convert import convert_split, make_doc, spacy
 from scripts.panx import read_tsv
 
 Reader = Callable[[Path, bytes], None]
@@ -41,7 +42,7 @@ def tsv(path: Path, data: bytes) -> None:
     """Read a split's file and convert it to Docs."""
     path.write_bytes(data)
     try:
-        convert_split(read_tsv(path), VOCAB, str(path))
+        convert_split(read_tsv(path), str(path), partial(make_doc, VOCAB))
     except UserError as error:
         refused(error, path.name)
 
