@@ -65,7 +65,7 @@ def report(step: str, wheel: str) -> None:
     elif step == "evaluate":
         files = {"gold tokens": "test", "raw text": "raw_text", "running text": "running"}
         scores = {title: srsly.read_json(f"metrics/{name}.json")["ents_f"] for title, name in files.items()}
-        print("  F1 on the test sentences:", ", ".join(f"{title} {score:.2%}" for title, score in scores.items()))
+        print("  test F1:", ", ".join(f"{title} {score:.2%}" for title, score in scores.items()))
     elif step == "package":
         print(f"  {wheel}, {Path(wheel).stat().st_size / 1e6:.1f} MB")
 
@@ -89,8 +89,8 @@ def main() -> None:
     wheel = f"packages/{name}-{version}/dist/{name}-{version}-py3-none-any.whl"
     variables = [word for key, value in VARIABLES.items() for word in (f"--vars.{key}", value)]
     for step in ("build-encoder", *project["workflows"]["all"]):
-        # `spacy project run` runs weasel too, after importing spaCy
         print(f"{step}: {helps[step]}")
+        # what `spacy project run` calls after importing spaCy
         run(step, sys.executable, "-m", "weasel", "run", step, ".", *variables)
         report(step, wheel)
 
