@@ -35,7 +35,9 @@ IMPOSSIBLE = -1e4  # the score of a forbidden transition: finite, so that gradie
 
 # spaCy keeps a span's extensions by character offsets only, so that the label is stored with the score
 SCORED = "_panx_scored"
-if not Span.has_extension("panx_score"):
+if not Span.has_extension(SCORED):  # another package may have set both
+    if Span.has_extension("panx_score"):
+        raise ValueError("The extension Span._.panx_score is the package's own; give yours another name.")
     Span.set_extension(SCORED, default=None)
     Span.set_extension("panx_score", getter=lambda span: _score(span))
 
@@ -309,11 +311,13 @@ class TokenNer(TrainablePipe):
 
 def _batches(stream: Iterable[Doc], size: int) -> Iterator[list[Doc]]:
     batch: list[Doc] = []
+    tokens = 0
     for doc in stream:
         batch.append(doc)
-        if len(batch) == size or sum(map(len, batch)) >= MAX_TOKENS:
+        tokens += len(doc)
+        if len(batch) == size or tokens >= MAX_TOKENS:
             yield batch
-            batch = []
+            batch, tokens = [], 0
     if batch:
         yield batch
 
