@@ -93,7 +93,7 @@ def hyperparameters(config: Config) -> list[tuple[str, object]]:
     """Return names and values of the training's settings."""
     training = config["training"]
     optimizer = training["optimizer"]
-    epochs = training["max_steps"] / training["eval_frequency"]
+    epochs = training["max_steps"] / training["logger"]["steps_per_epoch"]
     adam = ", ".join(f"{optimizer[key]:g}" for key in ("beta1", "beta2", "eps"))
     return [
         ("learning rate, linear to 0", f"{optimizer['learn_rate']['initial_rate']:g}"),

@@ -208,6 +208,33 @@ def test_a_pipe_can_have_a_transformer_of_its_own(tiny_encoder, tmp_path):
         assert other.get_pipe("ner").predict([other.make_doc(doc.text)]).emissions[0] == pytest.approx(before, abs=1e-6)
 
 
+def test_a_tokenizer_without_a_largest_length_is_saved_and_loaded(tiny_encoder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, model_max_length=10**30)
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    AutoModel.from_pretrained(tiny_encoder).save_pretrained(tmp_path / "encoder")
+    nlp = pipeline(tmp_path / "encoder")
+    nlp.to_disk(tmp_path / "model")
+    assert [len(doc) for doc in spacy.load(tmp_path / "model").pipe(["Bari " * 600])] == [600]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_prediction_changes_nothing_that_threads_share(tiny_encoder, monkeypatch, precision):
+    nlp = pipeline(tiny_encoder, precision=precision)
+    nlp.get_pipe("transformer").from_bytes(nlp.get_pipe("transformer").to_bytes())
+    transformer = nlp.get_pipe("transformer").model.transformer
+    tokenizer = nlp.get_pipe("transformer").model.tokenizer.backend_tokenizer
+    before = tokenizer.to_str(), shim(nlp).reduced, vars(shim(nlp)).copy()
+
+    def refuse(*arguments, **settings):
+        raise AssertionError("prediction changes a module")
+
+    for name in ("train", "eval", "to", "__deepcopy__"):
+        monkeypatch.setattr(torch.nn.Module, name, refuse, raising=False)
+    assert len(list(nlp.pipe(["Bari", "Anna vive a Bari."]))) == 2
+    assert (tokenizer.to_str(), shim(nlp).reduced, vars(shim(nlp))) == before
+    assert nlp.get_pipe("transformer").model.transformer is transformer
+
+
 def test_a_tokenizer_that_gives_no_positions_is_refused(tiny_encoder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, use_fast=False)
     with pytest.raises(ValueError, match="not a fast tokenizer.*tokenizer.json"):

@@ -41,6 +41,10 @@ def tokens(doc):
         ("Serie B. Cefalu\u0300. Poi", "Serie B . Cefalu\u0300 . Poi"),
         ("\ufeffBari\u200b e Bari", "\ufeff Bari \u200b e Bari"),
         ("3.500,20 alle 12:30, H&M e C++", "3.500,20 alle 12:30 , H&M e C++"),
+        ("•Bari |Roma| /Po/ \\Eni \uf0b7Rai \x01Ansa", "• Bari | Roma | / Po / \\ Eni \uf0b7 Rai \x01 Ansa"),
+        ("-Bari, Roma-- e Po--Eni, anglo- e", "- Bari , Roma -- e Po -- Eni , anglo - e"),
+        ("Roma❤\ufe0fe \U0001f3f4\U000e0067\U000e007fPo", "Roma ❤\ufe0f e \U0001f3f4 \U000e0067 \U000e007f Po"),
+        ("Nuoro&nbsp;e &laquo;Bari&raquo;, l'_Eni_", "Nuoro &nbsp; e &laquo; Bari &raquo; , l' _ Eni _"),
         ("Levi-Montalcini ha un'e-mail: a.b@c.it", "Levi-Montalcini ha un' e-mail : a.b@c.it"),
     ],
 )

@@ -244,6 +244,7 @@ class TransformerShim(HFShim):
         self._model, self.reduced = transformer.to(get_torch_default_device()).eval(), None
         prepare_tokenizer(tokenizer)
         self._hfmodel = HFObjects(tokenizer, transformer, vocab_file_contents, SimpleFrozenDict(), SimpleFrozenDict())
+        self._predicting()  # now, not in the first of several threads that predict
         return self
 
     def predict(self, windows: Sequence[Window]) -> torch.Tensor:

@@ -18,11 +18,13 @@ class PanxTransformer(Transformer):
     def pipe(self, stream: Iterable[Doc], *, batch_size: int = 128) -> Iterator[Doc]:
         """Set the vectors of a stream in batches of at most `batch_size` Docs and about MAX_TOKENS tokens."""
         batch: list[Doc] = []
+        tokens = 0
         for doc in stream:
             batch.append(doc)
-            if len(batch) == batch_size or sum(map(len, batch)) >= MAX_TOKENS:
+            tokens += len(doc)
+            if len(batch) == batch_size or tokens >= MAX_TOKENS:
                 yield from super().pipe(batch, batch_size=batch_size)
-                batch = []
+                batch, tokens = [], 0
         yield from super().pipe(batch, batch_size=batch_size)
 
 
@@ -37,15 +39,31 @@ class DocCleaner:
     """Drop a Doc's transformer vectors to save memory, unless a pipe behind this one listens to the transformer."""
 
     def __init__(self, nlp: Language, name: str) -> None:
-        self.nlp, self.name = nlp, name
+        self.nlp = nlp
 
     def __call__(self, doc: Doc) -> Doc:
-        """Set `doc._.trf_data` to None."""
-        pipes = dict(self.nlp.pipeline)
-        listening = {name for pipe in pipes.values() for name in getattr(pipe, "listening_components", ())}
-        if listening.isdisjoint(itertools.dropwhile(lambda name: name != self.name, pipes)):
-            doc._.trf_data = None
-        return doc
+        """Remove `doc._.trf_data`; its value is None then."""
+        return next(self.pipe([doc]))
+
+    def pipe(self, stream: Iterable[Doc], *, batch_size: int = 128) -> Iterator[Doc]:
+        """Remove `doc._.trf_data` of each Doc of a stream."""
+        done = self._all_have_read()
+        for doc in stream:
+            if done:
+                # deleted, not None: Doc.from_docs() warns about every extension that has a value
+                doc.user_data.pop(("._.", "trf_data", None, None), None)
+            yield doc
+
+    def _all_have_read(self) -> bool:
+        """Return whether each listener is in a pipe that has run, or is disabled.
+
+        A listener that is in no pipe of `nlp` belongs to another pipeline, which got this pipe by `source=nlp`.
+        """
+        pipes = [pipe for _, pipe in self.nlp.components]
+        behind = list(itertools.dropwhile(lambda pipe: pipe is not self, (pipe for _, pipe in self.nlp.pipeline)))
+        ahead = [pipe.model for pipe in pipes if pipe not in behind and hasattr(pipe, "model")]
+        known = {id(node) for model in ahead for node in model.walk()}
+        return all(id(listener) in known for pipe in pipes for listener in getattr(pipe, "listeners", ()))
 
 
 if not Language.has_factory(FACTORY):  # another package of this format may have registered them

@@ -36,7 +36,9 @@ IMPOSSIBLE = -1e4  # the score of a forbidden transition: finite, so that gradie
 
 # spaCy keeps a span's extensions by character offsets only, so that the label is stored with the score
 SCORED = "_panx_scored"
-if not Span.has_extension("panx_score"):
+if not Span.has_extension(SCORED):  # another package may have set both
+    if Span.has_extension("panx_score"):
+        raise ValueError("The extension Span._.panx_score is the package's own; give yours another name.")
     Span.set_extension(SCORED, default=None)
     Span.set_extension("panx_score", getter=lambda span: _score(span))
 
@@ -311,11 +313,13 @@ class TokenNer(TrainablePipe):
 
 def _batches(stream: Iterable[Doc], size: int) -> Iterator[list[Doc]]:
     batch: list[Doc] = []
+    tokens = 0
     for doc in stream:
         batch.append(doc)
-        if len(batch) == size or sum(map(len, batch)) >= MAX_TOKENS:
+        tokens += len(doc)
+        if len(batch) == size or tokens >= MAX_TOKENS:
             yield batch
-            batch = []
+            batch, tokens = [], 0
     if batch:
         yield batch
 
@@ -518,8 +522,13 @@ def _is_one_word(left: Token, right: Token) -> bool:
 
 
 def _in_word(character: str) -> bool:
-    """Return whether a character is a letter, a mark, a number or a joiner; False for an empty string."""
-    return character != "" and (unicodedata.category(character)[0] in "LMN" or character in JOINERS)
+    """Return whether a character is a letter, a mark, a number or a joiner; False for an empty string.
+
+    The selectors of a sign's variant (U+FE00 to U+FE0F) are marks by category, but belong to the sign.
+    """
+    if character == "" or "\ufe00" <= character <= "\ufe0f":
+        return False
+    return unicodedata.category(character)[0] in "LMN" or character in JOINERS
 
 
 def _word_tag(tags: Sequence[int]) -> int:

@@ -1,8 +1,8 @@
 """The tokenizer `panx_xlmr.Tokenizer.v2`: spaCy's own for the language, separators by Unicode category, linear time.
 
-A text is cut at white space, at every punctuation mark and symbol (Unicode categories P and S) except the ones that
-words have inside, and after an elision (`dell'` + `Italia`). A slash between letters separates, since what it joins are
-two names more often than one (`Trento/Bolzano`).
+A text is cut at white space, at every punctuation mark, symbol and invisible character (Unicode categories P, S and C)
+except the ones that words have inside, and after an elision (`dell'` + `Italia`). A slash between letters separates,
+since what it joins are two names more often than one (`Trento/Bolzano`).
 """
 
 import re
@@ -25,14 +25,16 @@ LONG_CHUNK = re.compile(rf"\S{{{LONG + 1},}}")
 SURROGATE = re.compile("[\ud800-\udfff]")
 # Marks inside words: hyphens, apostrophes, a.C., 3,5, 12:30, H&M, a user name, 10%, 20°, C++, Catalan l·l, 1/2.
 INSIDE_WORDS = frozenset("-\u2010\u2011'’.,:&@#_%°+·/")
-# Invisible characters around words, such as a byte order mark; not the joiners and the soft hyphen, which stand inside.
-INVISIBLE = "\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff"
+# Invisible characters inside words: the soft hyphen and the joiners.
+JOINERS = frozenset("\u00ad\u200c\u200d")
 
 
 def _separators() -> str:
-    """Return a regular expression for one punctuation mark or symbol that separates words."""
-    planes = range(0x20000)  # no punctuation or symbol has a code point beyond
-    points = [i for i in planes if unicodedata.category(chr(i))[0] in "PS" and chr(i) not in INSIDE_WORDS]
+    """Return a regular expression for one punctuation mark, symbol or invisible character that separates words."""
+    planes = [*range(0x20000), *range(0xE0000, 0xE0080)]  # none of other planes separates words
+    inside = INSIDE_WORDS | JOINERS
+    points = [i for i in planes if unicodedata.category(chr(i))[0] in "PSC" and chr(i) not in inside]
+    points = [i for i in points if not chr(i).isspace()]
     starts = [i for i, before in zip(points, [-2, *points], strict=False) if i != before + 1]
     ends = [i for i, after in zip(points, [*points[1:], -2], strict=True) if i != after - 1]
     ranges = (f"\\U{first:08x}-\\U{last:08x}" for first, last in zip(starts, ends, strict=True))
@@ -103,14 +105,21 @@ def linear_tokenizer() -> Callable[[Language], Tokenizer]:
         prefixes, suffixes, infixes = (
             list(rules or ()) for rules in (nlp.Defaults.prefixes, nlp.Defaults.suffixes, nlp.Defaults.infixes)
         )
+        sign = _separators()
+        # an emoji with the selector of its variant, `&nbsp;`
+        wholes = ["[^\\w\\s][\ufe00-\ufe0f]+", "&#?\\w+;"]
+        # not inside a word at its beginning or end
+        joint = "[-\u2010\u2011/]+"
+        prefixes = [*wholes, *prefixes, sign, f"{joint}(?=[^\\W\\d])"]
         # the period of a single letter (`Serie B.`) and after a combining accent (`Cefalu\u0300.`)
-        suffixes += [f"[{INVISIBLE}]", r"(?<=^\w)\.", f"(?<=[\u0300-\u036f{INVISIBLE}])\\."]
+        suffixes += [*wholes, sign, f"(?<=\\w){joint}", r"(?<=^\w)\.", f"(?<=[\u0300-\u036f])\\.|(?<={sign})\\."]
+        infixes = [*wholes, "'{2,}", *infixes, "(?<!:)[-\u2010\u2011/]{2,}", "(?<=['’])[_#@&]+", sign]
         return LinearTokenizer(
             nlp.vocab,
             rules={text: rule for text, rule in stock.rules.items() if not re.fullmatch(r"\w\.", text)},
-            prefix_search=compile_prefix_regex([*prefixes, f"[{INVISIBLE}]"]).search,
+            prefix_search=compile_prefix_regex(prefixes).search,
             suffix_search=compile_suffix_regex(suffixes).search,
-            infix_finditer=compile_infix_regex(["'{2,}", *infixes, _separators()]).finditer,
+            infix_finditer=compile_infix_regex(infixes).finditer,
             token_match=stock.token_match,
             url_match=stock.url_match,
         )

@@ -14,9 +14,13 @@ from typing import Any
 import pytest
 import spacy
 import srsly
+from spacy.cli.train import train
 from spacy.tokens import DocBin
+from spacy.util import load_config, load_model_from_config
 
+import scripts.train  # noqa: F401  registers what training/config.cfg names
 from conftest import ROOT
+from scripts.package import hyperparameters, prepare_package
 
 # runs one piece of code a line and answers with what it leaves in `result`, or with its traceback
 LOOP = """
@@ -36,13 +40,28 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="session")
-def python(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The venv's Python; versions are those of requirements.txt, what is installed is what the wheel declares."""
+def spanish(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of the same pipeline under the name es_panx_xlmr."""
+    folder = tmp_path_factory.mktemp("spanish")
+    meta = srsly.read_json(project / "training" / "model-package" / "meta.json") | {"lang": "es"}
+    prepare_package(project / "training" / "model-package", folder / "model", meta, "tiny", {})
+    config = (folder / "model" / "config.cfg").read_text().replace('lang = "it"', 'lang = "es"')
+    (folder / "model" / "config.cfg").write_text(config)
+    code = ",".join(f"scripts/pipeline/{name}.py" for name in ("encoder", "token_ner", "tokenizer"))
+    command = ["spacy", "package", folder / "model", folder, "--code", code, "--build", "wheel"]
+    subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = folder.rglob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="session")
+def python(project: Path, spanish: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The venv's Python; versions are those of requirements.txt, what is installed is what the wheels declare."""
     venv = tmp_path_factory.mktemp("venv")
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     (wheel,) = (project / "packages").rglob("*.whl")
     pip = [venv / "bin" / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, "-c", ROOT / "requirements.txt", wheel], check=True)
+    subprocess.run([*pip, "-c", ROOT / "requirements.txt", wheel, spanish], check=True)
     return venv / "bin" / "python"
 
 
@@ -137,13 +156,286 @@ def test_pipes_can_be_left_out(run):
     assert run(code) == [0, 1]
 
 
-def test_it_lets_go_of_the_transformers_vectors_unless_they_are_wanted(run):
+def test_it_drops_the_transformers_vectors_unless_they_are_wanted(run):
     code = """
         released = nlp("Bari")._.trf_data is None
         with nlp.select_pipes(disable=["doc_cleaner"]):
             result = [released, nlp("Bari")._.trf_data is None]
     """
     assert run(code) == [True, False]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_eight_threads_find_what_one_finds(run, sample, precision):
+    texts = [" ".join(sentence.words) for sentence in sample["train"][:40]]
+    code = f"""
+        from concurrent.futures import ThreadPoolExecutor
+        nlp = spacy.load("it_panx_xlmr", config={{"components.transformer.model.precision": {precision!r}}})
+        def find(text):
+            return [(ent.start, ent.end, ent.label_, ent._.panx_score) for ent in nlp(text).ents]
+        texts = {texts!r} * 2
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(find, texts))
+        result = [found, list(map(find, texts))]
+    """
+    several, one = run(code)
+    assert any(one)
+    assert several == one
+
+
+def test_vectors_and_copies_are_those_of_a_pipeline_without_vectors(run):
+    code = """
+        import warnings
+        from spacy.tokens import Doc
+        warnings.filterwarnings("ignore", "\\[W00[78]\\]")  # similarity without vectors, as in any pipeline
+        warnings.filterwarnings("error", "\\[W101\\]")
+        result = []
+        for pipeline in (nlp, spacy.blank("it")):
+            doc = pipeline("Bari e Bari")
+            span = doc[0:1]
+            result.append([
+                [doc.has_vector, span.has_vector, doc[0].has_vector],
+                [part.vector.shape for part in (doc, span, doc[0])],
+                [float(part.vector_norm) for part in (doc, span, doc[0])],
+                [doc.similarity(span), span.similarity(doc[2:3]), doc[0].similarity(doc[2])],
+                [span.as_doc().text, doc.copy().text, Doc.from_docs([doc, doc]).text, doc.tensor.shape],
+            ])
+    """
+    ours, blank = run(code)
+    assert ours == blank
+
+
+def test_the_config_has_no_setting_that_the_project_did_not_choose(run):
+    def settings(config, path=()):
+        for key, value in config.items():
+            yield from settings(value, (*path, key)) if isinstance(value, dict) else [".".join((*path, key))]
+
+    ours = set(settings(load_config(ROOT / "configs" / "xlmr.cfg")["components"]))
+    # all of them are None or do nothing, and the scorer is spaCy's for entities
+    known = {
+        "ner.model.nO",
+        "ner.model.tok2vec.upstream",
+        "ner.scorer.@scorers",
+        "transformer.set_extra_annotations.@annotation_setters",
+    }
+    assert set(settings(run("result = dict(nlp.config['components'])"))) - ours == known
+
+
+SOURCED = """
+[nlp]
+lang = "it"
+pipeline = ["transformer","ner","doc_cleaner"]
+tokenizer = {"@tokenizers":"panx_xlmr.Tokenizer.v2"}
+[components]
+transformer = {"source":"it_panx_xlmr"}
+ner = {"source":"it_panx_xlmr"}
+doc_cleaner = {"source":"it_panx_xlmr"}
+"""
+
+
+@pytest.mark.parametrize("first", ["import es_panx_xlmr", "import scripts.pipeline"])
+def test_two_packages_and_the_projects_code_live_in_one_process(python, offline, tmp_path, first):
+    (tmp_path / "both.py").write_text(
+        "import pickle\n"
+        "import spacy\n"
+        f"{first}\n"
+        "from thinc.api import Config\n"
+        "if __name__ == '__main__':\n"
+        "    pipelines = [spacy.load(name) for name in ('it_panx_xlmr', 'es_panx_xlmr')]\n"
+        f"    sourced = Config().from_str({SOURCED!r})\n"
+        "    pipelines.append(spacy.util.load_model_from_config(sourced, auto_fill=True))\n"
+        "    for nlp in pipelines:\n"
+        "        for way in (nlp, pickle.loads(pickle.dumps(nlp))):\n"
+        "            docs = [*way.pipe(['Bari'] * 4, n_process=2, batch_size=2), way('Bari')]\n"
+        "            print(*((ent.text, ent.label_) for doc in docs for ent in doc.ents))\n"
+    )
+    settings = offline | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([python, "both.py"], cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=180)
+    assert done.stdout.splitlines() == [" ".join(["('Bari', 'LOC')"] * 5)] * 6, done.stderr
+
+
+def test_saved_it_loads_in_a_new_process_that_imports_the_package(run, python, offline, tmp_path):
+    # stock `spacy package` writes no entry points for factories
+    run(f"nlp.to_disk({str(tmp_path / 'saved')!r}); result = None")
+    code = "import it_panx_xlmr, spacy; print(spacy.load('saved')('Bari').ents)"
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, env=offline, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("(Bari,)\n", "")
+
+
+def test_an_apps_own_score_stays_and_its_panx_score_is_refused(run, python, offline, tmp_path):
+    code = (
+        "import spacy; from spacy.tokens import Span\n"
+        "Span.set_extension({name!r}, default=7)\n"
+        "(ent,) = spacy.load('it_panx_xlmr')('Bari').ents\n"
+        "print(ent._.score, ent._.panx_score > 0)\n"
+    )
+    results = []
+    for name in ("score", "panx_score"):
+        command = [python, "-c", code.format(name=name)]
+        results.append(subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True))
+    assert results[0].stdout == "7 True\n"
+    assert "panx_score is the package's own; give yours another name." in results[1].stderr
+    later = """
+        from spacy.tokens import Span
+        Span.set_extension("score", default=7)
+        (ent,) = nlp("Bari").ents
+        result = [ent._.score, ent._.panx_score > 0]
+        Span.remove_extension("score")
+    """
+    assert run(later) == [7, True]
+
+
+@pytest.mark.parametrize(("label", "has_score"), [("CITY", False), ("LOC", True)])
+def test_an_entity_that_a_later_ruler_relabels_has_no_score(run, label, has_score):
+    code = f"""
+        nlp = spacy.load("it_panx_xlmr")
+        ruler = nlp.add_pipe("entity_ruler", config={{"overwrite_ents": True}})
+        ruler.add_patterns([{{"label": {label!r}, "pattern": "Bari"}}])
+        result = [(ent.label_, ent._.panx_score is not None) for ent in nlp("Bari").ents]
+    """
+    assert run(code) == [[label, has_score]]
+
+
+def test_scores_go_where_their_entities_go(run):
+    code = """
+        from spacy.tokens import Doc, DocBin
+        doc = nlp("Bari e Bari")
+        stored = DocBin(docs=[doc], store_user_data=True).to_bytes()
+        merged = doc.copy()
+        with merged.retokenize() as retokenizer:
+            retokenizer.merge(merged[0:2], attrs={"ENT_TYPE": "LOC"})
+        docs = [
+            doc, *DocBin().from_bytes(stored).get_docs(nlp.vocab), doc[1:].as_doc(copy_user_data=True),
+            Doc.from_docs([doc, doc]), doc[2:].as_doc(), merged,
+        ]
+        result = [[ent._.panx_score for ent in doc.ents] for doc in docs]
+    """
+    (first, second), *others = run(code)
+    assert None not in (first, second)
+    assert others == [[first, second], [second], [first, second] * 2, [None], [None, second]]
+
+
+def test_it_does_not_unlearn_what_training_data_leaves_out(run):
+    code = """
+        from spacy.training import Example
+        nlp = spacy.load("it_panx_xlmr")
+        optimizer = nlp.resume_training()
+        for _ in range(8):
+            for annotation in ({"entities": ["-"]}, {"cats": {"news": 1.0}}):
+                losses = nlp.update([Example.from_dict(nlp.make_doc("Bari"), annotation)], sgd=optimizer)
+        result = [losses["ner"], [(ent.text, ent.label_) for ent in nlp("Bari").ents]]
+    """
+    assert run(code) == [0, [["Bari", "LOC"]]]
+
+
+TEXTCAT = """
+[model]
+@architectures = "spacy.TextCatReduce.v1"
+exclusive_classes = true
+use_reduce_first = false
+use_reduce_last = false
+use_reduce_max = false
+use_reduce_mean = true
+[model.tok2vec]
+@architectures = "spacy-transformers.TransformerListener.v1"
+grad_factor = 0.0
+upstream = "*"
+pooling = {"@layers":"reduce_mean.v1"}
+"""
+
+
+@pytest.mark.parametrize("pipeline", ["loaded", "sourced"])
+@pytest.mark.parametrize("place", ["", "before='doc_cleaner'", "after='transformer'"])
+def test_a_textcat_learns_and_predicts_from_the_shared_transformer(run, pipeline, place):
+    code = f"""
+        from spacy.training import Example
+        from thinc.api import Adam, Config
+        nlp = loaded = spacy.load("it_panx_xlmr")
+        if {pipeline!r} == "sourced":
+            nlp = spacy.blank("it", vocab=loaded.vocab)
+            for name in loaded.pipe_names:
+                nlp.add_pipe(name, source=loaded)
+        textcat = nlp.add_pipe("textcat", config=Config().from_str({TEXTCAT!r}), {place})
+        gold = [("Bari è bella", "A"), ("hola amigos", "B")]
+        examples = [
+            Example.from_dict(nlp.make_doc(text), {{"cats": {{"A": label == "A", "B": label == "B"}}}})
+            for text, label in gold
+        ]
+        textcat.initialize(lambda: examples, nlp=nlp)
+        nlp.resume_training()
+        optimizer = Adam(0.01)
+        with nlp.select_pipes(enable=["transformer", "textcat"]):
+            for _ in range(30):
+                nlp.update(examples, sgd=optimizer)
+        docs = [*nlp.pipe([text for text, _ in gold]), nlp(gold[0][0])]
+        result = [max(doc.cats, key=doc.cats.get) for doc in docs], [round(doc.cats["A"], 2) for doc in docs]
+    """
+    best, (first, second, again) = run(code)
+    assert best == ["A", "B", "A"]
+    assert first == again
+    assert first > 0.6 > 0.4 > second
+
+
+def test_a_stream_holds_the_vectors_of_a_bounded_number_of_tokens(run):
+    code = """
+        transformer, held, most = nlp.get_pipe("transformer"), 0, 0
+        set_annotations = transformer.set_annotations
+        def counting(docs, predictions):
+            global held, most
+            held += sum(map(len, docs))
+            most = max(most, held)
+            set_annotations(docs, predictions)
+        transformer.set_annotations = counting
+        for doc in nlp.pipe(["Bari " * 1000] * 24):
+            assert doc._.trf_data is None
+            held -= len(doc)
+        del transformer.set_annotations
+        result = [held, most]
+    """
+    assert run(code) == [0, 9000]
+
+
+def test_an_interactive_stream_is_not_read_ahead(run):
+    code = """
+        read = []
+        def typed():
+            for i in range(3):
+                read.append(i)
+                yield "Bari", i
+        result = [list(read) for _ in nlp.pipe(typed(), as_tuples=True, batch_size=1)]
+    """
+    assert run(code) == [[0], [0, 1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("product", ["training/config.cfg", "training/model-last", "training/model"])
+def test_every_product_of_the_project_gives_an_optimizer(project, product):
+    path = project / product
+    if path.suffix:
+        nlp = load_model_from_config(load_config(path), auto_fill=True)
+    else:
+        nlp = spacy.load(path)
+        assert nlp.resume_training().learn_rate == pytest.approx(0.002)
+    assert nlp.create_optimizer().learn_rate == pytest.approx(0.002)
+
+
+def test_spacy_debug_data_reads_the_config_and_the_corpus(project):
+    command = ["spacy", "debug", "data", "training/config.cfg", "--code", "scripts/train.py"]
+    done = subprocess.run([sys.executable, "-m", *command], cwd=project, capture_output=True, text=True)
+    assert "Corpus is loadable" in done.stdout
+    assert "Training pipeline: transformer, ner, doc_cleaner" in done.stdout
+    assert done.stderr == ""
+
+
+def test_the_epochs_are_the_loops_own_however_often_it_scores(project, tmp_path, monkeypatch):
+    monkeypatch.chdir(project)
+    files = {f"training.logger.{name}_file": str(tmp_path / name) for name in ("output", "plot")}
+    config = load_config("training/config.cfg")
+    config["training"] |= {"max_steps": 3, "eval_frequency": 1}
+    epoch = config["training"]["logger"]["steps_per_epoch"]
+    config.to_disk(tmp_path / "config.cfg")
+    train(tmp_path / "config.cfg", overrides=files)
+    assert [row["epoch"] for row in srsly.read_jsonl(tmp_path / "output")] == [step / epoch for step in (1, 2, 3)]
+    assert ("epochs", f"{3 / epoch:g}") in hyperparameters(config.interpolate())
 
 
 def test_it_goes_to_disk_to_bytes_and_through_pickle(run):
