@@ -1,5 +1,6 @@
 """CuPy's arrays on NumPy: any other array is refused, as CuPy refuses it."""
 
+import contextlib
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -151,6 +152,9 @@ class Module(ModuleType):
         assert not isinstance(ends, ndarray), "CuPy reads each end from the device"
         return to_device(numpy.split(array.host, ends, axis))
 
+    def save(self, file: Any, array: Any) -> None:
+        numpy.save(file, array.get() if isinstance(array, ndarray) else array)
+
     def get_array_module(self, *arrays: Any) -> ModuleType:
         return self if any(isinstance(array, ndarray) for array in arrays) else numpy
 
@@ -163,9 +167,11 @@ def scatter_add(table: ndarray, rows: Any, values: ndarray) -> None:
     numpy.add.at(table.host, index(rows), values.host)
 
 
-def _device(number: int = 0) -> SimpleNamespace:
-    assert number == 0, "the stand-in has one device"
-    return SimpleNamespace(use=lambda: None)
+class Device(contextlib.nullcontext):
+    """The only device."""
+
+    def use(self) -> None:
+        assert self.enter_result == 0, "the stand-in has one device"
 
 
 def install() -> None:
@@ -180,8 +186,8 @@ def install() -> None:
     pool = SimpleNamespace(malloc=None, free_all_blocks=lambda: None)
     cupy.get_default_memory_pool = lambda: pool
     cupy.cuda = SimpleNamespace(
-        Device=_device,
-        device=SimpleNamespace(Device=_device),
+        Device=Device,
+        device=SimpleNamespace(Device=Device),
         runtime=SimpleNamespace(getDeviceCount=lambda: 1, CUDARuntimeError=RuntimeError),
         MemoryPool=lambda allocator: pool,
         set_allocator=lambda allocator: None,

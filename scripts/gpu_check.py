@@ -1,0 +1,219 @@
+"""Check that a GPU computes what the CPU computes, in a few minutes and without a model hub.
+
+    python -m scripts.gpu_check
+
+Print one line per check, with advice if it failed, and write gpu_check.json, to attach to a report. After the driver,
+CuPy and memory, train one epoch on the sample corpus with the small encoder: on the CPU, on the GPU in float32, and on
+the GPU in mixed precision. There is no dropout, so that the losses can be compared.
+"""
+
+import math
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy
+import spacy
+import srsly
+import torch
+import typer
+from spacy.language import Language
+from spacy.schemas import ConfigSchemaTraining
+from spacy.training import Corpus
+from spacy.training.initialize import init_nlp
+from spacy.util import minibatch, registry
+from thinc.api import get_ops, set_current_ops, torch2xp, xp2torch
+from wasabi import msg
+
+from scripts import build_encoder
+from scripts.check import GB, check_cupy, check_driver
+from scripts.common import UserError, one_sentence, replacing
+from scripts.configure import configure
+from scripts.convert import convert
+from scripts.download import reason
+from scripts.evaluate import entities_of
+
+SMALL = Path("assets/encoder-small")
+SETTINGS = ("lang", "learning_rate", "head_learning_rate_scale", "batch_size", "seed", "letter_case")
+UPDATES = 20  # whose losses are compared
+# largest difference of a loss (nats per word) and of F1, and largest number of skipped updates
+LIMITS = {"float32": (0.005, 0.04, 0), "mixed precision": (0.1, 0.04, 4)}
+# weights, gradients and moments of xlm-roberta-base, activations, and CUDA's libraries; estimated, not measured
+NEED = 5 * GB
+PACKAGES = ("torch", "cupy-cuda12x", "cupy-cuda13x", "spacy", "spacy-transformers", "thinc", "transformers", "numpy")
+
+
+class Trained(NamedTuple):
+    """A pipeline after one epoch, and how the training went."""
+
+    nlp: Language
+    losses: numpy.ndarray  # of each update, in nats per word
+    f1: float
+    speed: float  # sentences a second, in the median update
+    skipped: int  # updates skipped because float16 overflowed
+
+
+def use(gpu_id: int) -> None:
+    """Let thinc compute on a GPU, or on the CPU if `gpu_id` is -1."""
+    if gpu_id < 0:
+        set_current_ops(get_ops("cpu"))
+    else:
+        spacy.require_gpu(gpu_id)
+        torch.cuda.reset_peak_memory_stats(gpu_id)
+
+
+def peak(gpu_id: int) -> str:
+    return f"peak memory {torch.cuda.max_memory_allocated(gpu_id) / GB:.1f} GB"
+
+
+def check_memory(gpu_id: int) -> str:
+    """Raise UserError if too little of the GPU's memory is free for xlm-roberta-base."""
+    free, total = (size / GB for size in torch.cuda.mem_get_info(gpu_id))
+    if free < NEED / GB:
+        raise UserError(
+            f"{free:.1f} of {total:.1f} GB are free, and training takes about {NEED / GB:.0f} GB; end the processes "
+            "that `nvidia-smi` lists, or set a smaller --vars.encoder or --vars.batch_size."
+        )
+    return f"{free:.1f} of {total:.1f} GB are free"
+
+
+def check_shared_memory(gpu_id: int) -> str:
+    """Raise AssertionError unless PyTorch and CuPy read and write the same memory, in both directions."""
+    use(gpu_id)
+    array = get_ops("cupy").asarray(numpy.arange(6, dtype="float32").reshape(2, 3))
+    tensor = xp2torch(array)
+    tensor += 1
+    assert array.get().tolist() == [[1, 2, 3], [4, 5, 6]], "CuPy does not see what PyTorch wrote"
+    columns = torch2xp(tensor[:, 1:])
+    columns *= 2
+    assert tensor.tolist() == [[1, 4, 6], [4, 10, 12]], "PyTorch does not see what CuPy wrote"
+    return "PyTorch and CuPy share it"
+
+
+def train(folder: Path, encoder: Path, sentences: int, gpu_id: int, mixed: bool) -> Trained:
+    """Train one epoch with project.yml's settings, without dropout and in the order of the file."""
+    use(gpu_id)
+    settings = srsly.read_yaml("project.yml")["vars"]
+    settings = {key: settings[key] for key in SETTINGS} | {"encoder": encoder, "sentences": sentences, "epochs": 1}
+    config = configure(Path("configs/xlmr.cfg"), **settings, gpu_id=gpu_id)
+    config["paths"] |= {split: str(folder / f"{split}.spacy") for split in ("train", "dev")}
+    config["components"]["transformer"]["model"]["mixed_precision"] = mixed
+    nlp = init_nlp(config, use_gpu=gpu_id)
+    optimizer = registry.resolve(config.interpolate()["training"], schema=ConfigSchemaTraining)["optimizer"]
+    rows, seconds = [], []
+    for batch in minibatch(Corpus(folder / "train.spacy", gold_preproc=True)(nlp), settings["batch_size"]):
+        start, losses = time.perf_counter(), {}
+        nlp.update(batch, drop=0.0, sgd=optimizer, losses=losses)
+        optimizer.step_schedules()
+        rows.append(losses["ner"])
+        seconds.append((time.perf_counter() - start) / len(batch))
+    f1 = nlp.evaluate(list(Corpus(folder / "dev.spacy", gold_preproc=True)(nlp)))["ents_f"]
+    # the scale begins at 2**16 and is halved at each overflow
+    scale = float(nlp.get_pipe("transformer").model.layers[0].shims[0]._grad_scaler._scale)
+    return Trained(nlp, numpy.array(rows), f1, 1 / statistics.median(seconds), round(16 - math.log2(scale)))
+
+
+def check_training(known: Trained, train: Callable[..., Trained], precision: str, gpu_id: int) -> str:
+    """Raise AssertionError unless the training on the GPU goes as on the CPU."""
+    trained = train(gpu_id=gpu_id, mixed=precision != "float32")
+    device = trained.nlp.get_pipe("transformer").model.transformer.device
+    assert device.type == "cuda", f"the transformer is on {device}"
+    most, band, skips = LIMITS[precision]
+    differences = abs(trained.losses - known.losses)[:UPDATES]
+    said = f"the losses of {len(differences)} updates differ by at most {differences.max():.1e} from the CPU's, "
+    said += f"F1 {trained.f1:.3f} (CPU: {known.f1:.3f}), {trained.skipped} updates skipped"
+    assert differences.max() <= most and abs(trained.f1 - known.f1) <= band and trained.skipped <= skips, said
+    return f"{said}; {trained.speed:.0f} sentences/s (CPU: {known.speed:.0f}), {peak(gpu_id)}"
+
+
+def check_prediction(known: Trained, folder: Path, gpu_id: int) -> str:
+    """Raise AssertionError unless the pipeline that the CPU trained finds the same entities on the GPU."""
+    use(-1)
+    texts = [example.text for example in Corpus(folder / "dev.spacy")(known.nlp)] + ["", " ", "Vive a Roma. " * 200]
+    expected = [entities_of(doc) for doc in known.nlp.pipe(texts)]
+    known.nlp.to_disk(folder / "model")
+    use(gpu_id)
+    nlp = spacy.load(folder / "model")
+    list(nlp.pipe(texts[:32]))  # compiles kernels
+    start = time.perf_counter()
+    found = [entities_of(doc) for doc in nlp.pipe(texts)]
+    speed = len(texts) / (time.perf_counter() - start)
+    same = sum(a == b for a, b in zip(found, expected, strict=True))
+    said = f"the CPU's entities ({sum(map(len, expected))}) in {same} of {len(texts)} texts"
+    assert same >= 0.99 * len(texts), said
+    return f"{said}; {speed:.0f} texts/s, {peak(gpu_id)}"
+
+
+def check_all(gpu_id: int, encoder: Path, sentences: int) -> list[dict[str, Any]]:
+    """Run the checks and print them; stop before the training unless everything that it needs works."""
+    results: list[dict[str, Any]] = []
+
+    def run(name: str, check: Callable[..., Any], *arguments: Any, advice: str = "", **options: Any) -> Any:
+        start, result = time.perf_counter(), None
+        try:
+            result = check(*arguments, **options)
+            said = result if isinstance(result, str) else f"F1 {result.f1:.3f}, {result.speed:.0f} sentences/s"
+        except UserError as error:
+            said = str(error)
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            said = f"{reason(error)} ({type(error).__name__}, {Path(where.filename).name}:{where.lineno}); {advice}"
+        (msg.fail if result is None else msg.good)(f"{name}: {said}")
+        seconds = round(time.perf_counter() - start, 1)
+        results.append({"check": name, "ok": result is not None, "result": said, "seconds": seconds})
+        return result
+
+    report = f"report it with {encoder.name} and the JSON file"
+    if not (run("GPU", check_driver, gpu_id) and run("CuPy", check_cupy, gpu_id)):
+        return results
+    run("Memory", check_memory, gpu_id)
+    run("Shared memory", check_shared_memory, gpu_id, advice=f"remove .venv, run `make venv-gpu`, or {report}")
+    if encoder == SMALL and not encoder.exists():
+        build_encoder.main(encoder, None)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sizes = {"train": sentences, "validation": 0, "test": 0}
+        count = convert(Path("corpus/sample"), folder, "it", encoder, sizes)["train"]["sentences"]
+        training = partial(train, folder, encoder, count)
+        known = run("Training on the CPU", training, -1, False, advice=report)
+        if known:
+            for precision, advice in (
+                ("float32", "train on the CPU"),
+                ("mixed precision", "set mixed_precision = false"),
+            ):
+                name = f"Training on the GPU in {precision}"
+                run(name, check_training, known, training, precision, gpu_id, advice=f"{advice}, and {report}")
+            advice = f"annotate on the CPU, and {report}"
+            run("Prediction on the GPU", check_prediction, known, folder, gpu_id, advice=advice)
+    return results
+
+
+def main(
+    gpu_id: Annotated[int, typer.Option(min=0, help="Number of the GPU")] = 0,
+    encoder: Annotated[Path, typer.Option(help="Folder of an encoder; the small one is built if missing")] = SMALL,
+    sentences: Annotated[int, typer.Option(min=0, help="Training sentences, 0 for all of corpus/sample")] = 0,
+    output: Annotated[Path, typer.Option(help="File for the results")] = Path("gpu_check.json"),
+) -> None:
+    """Check that a GPU computes what the CPU computes."""
+    with one_sentence():
+        results = check_all(gpu_id, encoder, sentences)
+        versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
+        versions |= {"python": sys.version, "platform": platform.platform(), "CUDA": torch.version.cuda}
+        with replacing(output) as path:
+            srsly.write_json(path, {"versions": versions, "checks": results})
+    failed = sum(not result["ok"] for result in results)
+    msg.text(f"{len(results) - failed} of {len(results)} checks passed; {output} has the details for a report.")
+    if failed:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
