@@ -7,10 +7,7 @@ CuPy and memory, train one epoch on the sample corpus with the small encoder: on
 the GPU in mixed precision. There is no dropout, so that the losses can be compared.
 """
 
-import math
 import platform
-import statistics
-import sys
 import tempfile
 import time
 import traceback
@@ -30,7 +27,7 @@ from spacy.schemas import ConfigSchemaTraining
 from spacy.training import Corpus
 from spacy.training.initialize import init_nlp
 from spacy.util import minibatch, registry
-from thinc.api import get_ops, set_current_ops, torch2xp, xp2torch
+from thinc.api import Optimizer, get_ops, set_current_ops, torch2xp, xp2torch
 from wasabi import msg
 
 from scripts import build_encoder
@@ -42,13 +39,13 @@ from scripts.download import reason
 from scripts.evaluate import entities_of
 
 SMALL = Path("assets/encoder-small")
-SETTINGS = ("lang", "learning_rate", "head_learning_rate_scale", "batch_size", "seed", "letter_case")
+# with which one epoch of the sample is enough to find entities
+SETTINGS = {"lang": "it", "learning_rate": 1e-4, "head_learning_rate_scale": 60, "batch_size": 8, "seed": 42}
 UPDATES = 20  # whose losses are compared
-# largest difference of a loss (nats per word) and of F1, and largest number of skipped updates
-LIMITS = {"float32": (0.005, 0.04, 0), "mixed precision": (0.1, 0.04, 4)}
+# largest differences of a loss (nats per word) and of F1
+LIMITS = {"float32": (0.005, 0.05), "mixed precision": (0.1, 0.05)}
 # weights, gradients and moments of xlm-roberta-base, activations, and CUDA's libraries; estimated, not measured
 NEED = 5 * GB
-PACKAGES = ("torch", "cupy-cuda12x", "cupy-cuda13x", "spacy", "spacy-transformers", "thinc", "transformers", "numpy")
 
 
 class Trained(NamedTuple):
@@ -58,7 +55,6 @@ class Trained(NamedTuple):
     losses: numpy.ndarray  # of each update, in nats per word
     f1: float
     speed: float  # sentences a second, in the median update
-    skipped: int  # updates skipped because float16 overflowed
 
 
 def use(gpu_id: int) -> None:
@@ -98,39 +94,42 @@ def check_shared_memory(gpu_id: int) -> str:
     return "PyTorch and CuPy share it"
 
 
+def update(nlp: Language, optimizer: Optimizer) -> None:
+    """Update all pipes after the last one's backward pass, as `spacy train` does."""
+    for pipe in (nlp.get_pipe("transformer"), nlp.get_pipe("ner")):
+        pipe.finish_update(optimizer)
+    optimizer.step_schedules()
+
+
 def train(folder: Path, encoder: Path, sentences: int, gpu_id: int, mixed: bool) -> Trained:
-    """Train one epoch with project.yml's settings, without dropout and in the order of the file."""
+    """Train one epoch without dropout, in the order of the file."""
     use(gpu_id)
-    settings = srsly.read_yaml("project.yml")["vars"]
-    settings = {key: settings[key] for key in SETTINGS} | {"encoder": encoder, "sentences": sentences, "epochs": 1}
+    settings = SETTINGS | {"encoder": encoder, "sentences": sentences, "epochs": 1, "letter_case": 0.0}
     config = configure(Path("configs/xlmr.cfg"), **settings, gpu_id=gpu_id)
     config["paths"] |= {split: str(folder / f"{split}.spacy") for split in ("train", "dev")}
     config["components"]["transformer"]["model"]["mixed_precision"] = mixed
     nlp = init_nlp(config, use_gpu=gpu_id)
     optimizer = registry.resolve(config.interpolate()["training"], schema=ConfigSchemaTraining)["optimizer"]
     rows, seconds = [], []
-    for batch in minibatch(Corpus(folder / "train.spacy", gold_preproc=True)(nlp), settings["batch_size"]):
+    for batch in minibatch(Corpus(folder / "train.spacy", gold_preproc=True)(nlp), SETTINGS["batch_size"]):
         start, losses = time.perf_counter(), {}
-        nlp.update(batch, drop=0.0, sgd=optimizer, losses=losses)
-        optimizer.step_schedules()
+        nlp.update(batch, drop=0.0, sgd=False, losses=losses)
+        update(nlp, optimizer)
         rows.append(losses["ner"])
         seconds.append((time.perf_counter() - start) / len(batch))
     f1 = nlp.evaluate(list(Corpus(folder / "dev.spacy", gold_preproc=True)(nlp)))["ents_f"]
-    # the scale begins at 2**16 and is halved at each overflow
-    scale = float(nlp.get_pipe("transformer").model.layers[0].shims[0]._grad_scaler._scale)
-    return Trained(nlp, numpy.array(rows), f1, 1 / statistics.median(seconds), round(16 - math.log2(scale)))
+    return Trained(nlp, numpy.array(rows), f1, float(1 / numpy.median(seconds)))
 
 
 def check_training(known: Trained, train: Callable[..., Trained], precision: str, gpu_id: int) -> str:
     """Raise AssertionError unless the training on the GPU goes as on the CPU."""
     trained = train(gpu_id=gpu_id, mixed=precision != "float32")
-    device = trained.nlp.get_pipe("transformer").model.transformer.device
-    assert device.type == "cuda", f"the transformer is on {device}"
-    most, band, skips = LIMITS[precision]
+    assert trained.nlp.get_pipe("transformer").model.transformer.device.type == "cuda", "the transformer is on the CPU"
+    most, band = LIMITS[precision]
     differences = abs(trained.losses - known.losses)[:UPDATES]
     said = f"the losses of {len(differences)} updates differ by at most {differences.max():.1e} from the CPU's, "
-    said += f"F1 {trained.f1:.3f} (CPU: {known.f1:.3f}), {trained.skipped} updates skipped"
-    assert differences.max() <= most and abs(trained.f1 - known.f1) <= band and trained.skipped <= skips, said
+    said += f"F1 {trained.f1:.3f} (CPU: {known.f1:.3f})"
+    assert differences.max() <= most and abs(trained.f1 - known.f1) <= band, said
     return f"{said}; {trained.speed:.0f} sentences/s (CPU: {known.speed:.0f}), {peak(gpu_id)}"
 
 
@@ -171,7 +170,7 @@ def check_all(gpu_id: int, encoder: Path, sentences: int) -> list[dict[str, Any]
         results.append({"check": name, "ok": result is not None, "result": said, "seconds": seconds})
         return result
 
-    report = f"report it with {encoder.name} and the JSON file"
+    report = "report it with the JSON file"
     if not (run("GPU", check_driver, gpu_id) and run("CuPy", check_cupy, gpu_id)):
         return results
     run("Memory", check_memory, gpu_id)
@@ -183,14 +182,11 @@ def check_all(gpu_id: int, encoder: Path, sentences: int) -> list[dict[str, Any]
         sizes = {"train": sentences, "validation": 0, "test": 0}
         count = convert(Path("corpus/sample"), folder, "it", encoder, sizes)["train"]["sentences"]
         training = partial(train, folder, encoder, count)
-        known = run("Training on the CPU", training, -1, False, advice=report)
-        if known:
-            for precision, advice in (
-                ("float32", "train on the CPU"),
-                ("mixed precision", "set mixed_precision = false"),
-            ):
+        if known := run("Training on the CPU", training, -1, False, advice=report):
+            for precision in LIMITS:
                 name = f"Training on the GPU in {precision}"
-                run(name, check_training, known, training, precision, gpu_id, advice=f"{advice}, and {report}")
+                advice = f"train on the CPU or set mixed_precision in training/config.cfg to what passes, and {report}"
+                run(name, check_training, known, training, precision, gpu_id, advice=advice)
             advice = f"annotate on the CPU, and {report}"
             run("Prediction on the GPU", check_prediction, known, folder, gpu_id, advice=advice)
     return results
@@ -205,10 +201,10 @@ def main(
     """Check that a GPU computes what the CPU computes."""
     with one_sentence():
         results = check_all(gpu_id, encoder, sentences)
-        versions = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
-        versions |= {"python": sys.version, "platform": platform.platform(), "CUDA": torch.version.cuda}
+        system = {"platform": platform.platform(), "python": platform.python_version(), "cuda": torch.version.cuda}
+        packages = {distribution.name: distribution.version for distribution in metadata.distributions()}
         with replacing(output) as path:
-            srsly.write_json(path, {"versions": versions, "checks": results})
+            srsly.write_json(path, {"checks": results, **system, "packages": packages})
     failed = sum(not result["ok"] for result in results)
     msg.text(f"{len(results) - failed} of {len(results)} checks passed; {output} has the details for a report.")
     if failed:
