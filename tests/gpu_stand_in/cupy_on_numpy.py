@@ -1,7 +1,6 @@
 """CuPy's arrays on NumPy: any other array is refused, as CuPy refuses it."""
 
 import contextlib
-import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -126,6 +125,9 @@ def _define_operators() -> None:
     ndarray.__hash__ = object.__hash__
 
 
+_define_operators()
+
+
 class Module(ModuleType):
     """The module cupy: NumPy's functions on CuPy's arrays."""
 
@@ -174,9 +176,8 @@ class Device(contextlib.nullcontext):
         assert self.enter_result == 0, "the stand-in has one device"
 
 
-def install() -> None:
-    """Put the modules cupy, cupyx and those of their parts that thinc uses into sys.modules."""
-    _define_operators()
+def modules() -> dict[str, ModuleType]:
+    """Return cupy, cupyx and those of their parts that thinc uses, by name."""
     cupy, cupyx = Module("cupy"), ModuleType("cupyx")
     cupyx.scatter_add = scatter_add
     generator = numpy.random.RandomState(0)
@@ -192,5 +193,4 @@ def install() -> None:
         MemoryPool=lambda allocator: pool,
         set_allocator=lambda allocator: None,
     )
-    for module in (cupy, cupyx, cupy.random, cupy.cublas):
-        sys.modules[module.__name__] = module
+    return {module.__name__: module for module in (cupy, cupyx, cupy.random, cupy.cublas)}
