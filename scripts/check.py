@@ -1,10 +1,13 @@
 """Check what a run of the workflow needs before it begins, and print each problem in one sentence."""
 
+import ctypes
+import re
 import shutil
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import numpy
 import typer
 from wasabi import msg
 
@@ -19,29 +22,76 @@ NEED_PER_WEIGHTS = 7  # without the Hub's cache
 PRODUCED = ("assets", "corpus", "training", "metrics", "packages")
 
 
-def check_gpu(gpu_id: int) -> None:
-    """Raise UserError unless PyTorch and CuPy can compute on the GPU; -1 is the CPU."""
+def driver_cuda() -> tuple[int, int] | None:
+    """Return the newest version of CUDA that the NVIDIA driver supports, or None without a driver."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return None
+    return None if failed else (version.value // 1000, version.value % 1000 // 10)
+
+
+def check_driver(gpu_id: int) -> str:
+    """Return the GPU's name. Raise UserError unless PyTorch, the driver and the GPU fit each other."""
     import torch
 
-    if gpu_id < 0:
-        faster = "; `--vars.gpu_id 0` is faster" if torch.cuda.is_available() else ""
-        msg.good(f"Runs on the CPU{faster}")
-        return
     if torch.version.cuda is None:
         raise UserError(f"PyTorch {torch.__version__} is built without CUDA; run `make venv-gpu`, {ON_CPU}.")
+    built = f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}"
+    if not (driver := driver_cuda()):
+        raise UserError(f"No NVIDIA driver works (libcuda.so.1); install one until `nvidia-smi` runs, {ON_CPU}.")
+    if driver[0] < int(torch.version.cuda.split(".")[0]):
+        raise UserError(f"{built} and the driver for {driver[0]}.{driver[1]}; install a newer driver, {ON_CPU}.")
     if gpu_id >= (count := torch.cuda.device_count()):
         raise UserError(f"No GPU {gpu_id}: PyTorch finds {count}; check `nvidia-smi` and --vars.gpu_id, {ON_CPU}.")
+    name, (major, minor) = torch.cuda.get_device_name(gpu_id), torch.cuda.get_device_capability(gpu_id)
+    # machine code runs on GPUs of its major version, code for compute_XY on all later ones
+    for kind, *of in re.findall(r"(sm|compute)_(\d+)(\d)\b", " ".join(architectures := torch.cuda.get_arch_list())):
+        x, y = map(int, of)
+        if (x, y) <= (major, minor) and (x == major or kind == "compute"):
+            return f"{name} (sm_{major}{minor}), driver for CUDA {driver[0]}.{driver[1]}, {built}"
+    raise UserError(
+        f"PyTorch {torch.__version__} has no code for {name} (sm_{major}{minor}), only for {', '.join(architectures)}; "
+        f"use another GPU or another build of PyTorch, {ON_CPU}."
+    )
+
+
+def check_cupy(gpu_id: int) -> str:
+    """Return CuPy's version. Raise UserError unless the parts of CuPy that thinc uses work."""
     try:
         import cupy
+        import cupy.cublas  # without cuBLAS, thinc says that CuPy is not installed
+        import cupyx
 
         with cupy.cuda.Device(gpu_id):
-            cupy.arange(2).sum().item()  # compiles a kernel, which needs CUDA's headers
+            numbers = cupy.random.uniform(0.0, 1.0, (64, 32))  # cuRAND
+            table = cupy.zeros((2, 32))
+            cupyx.scatter_add(table, cupy.asarray([0, 0]), numbers[:2])  # compiled by NVRTC
+            product = cupy.dot(numbers, numbers.T).get()
+        on_host = numbers.get()
+        right = numpy.allclose(product, on_host @ on_host.T) and numpy.allclose(table.get()[0], on_host[:2].sum(axis=0))
     except Exception as error:  # ImportError, CUDARuntimeError, CompileException and others
         raise UserError(
             f"CuPy, which spaCy needs on a GPU, does not work ({reason(error)}); install cupy-cuda12x with "
             f"`make venv-gpu`, {ON_CPU}."
         ) from error
-    msg.good(f"Runs on GPU {gpu_id}, {torch.cuda.get_device_name(gpu_id)}")
+    if not right:
+        raise UserError(f"CuPy {cupy.__version__} computes wrong products or sums; run `make gpu-check`, {ON_CPU}.")
+    return f"CuPy {cupy.__version__} compiles, multiplies, adds and draws random numbers"
+
+
+def check_gpu(gpu_id: int) -> None:
+    """Raise UserError unless PyTorch and CuPy can compute on the GPU; -1 is the CPU."""
+    if gpu_id < 0:
+        import torch
+
+        faster = "; `--vars.gpu_id 0` is faster" if torch.cuda.is_available() else ""
+        msg.good(f"Runs on the CPU{faster}")
+        return
+    name = check_driver(gpu_id)
+    check_cupy(gpu_id)
+    msg.good(f"Runs on GPU {gpu_id}, {name}")
 
 
 def check_source(kind: str, name: str) -> None:

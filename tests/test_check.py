@@ -9,6 +9,7 @@ import pytest
 import typer
 
 from fake_hub import Hub, connect, write_encoder
+from gpu_stand_in import cupy_on_numpy
 from scripts import check
 from scripts.common import UserError
 
@@ -17,36 +18,53 @@ CPU = "spacy project run all . --vars.gpu_id -1"
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Makes PyTorch and CuPy look as on such a machine; cupy: None if missing, or the error that its kernel raises."""
+    """Makes PyTorch, CuPy and the driver look as on such a machine.
 
-    def call(gpus=0, cuda="12.8", cupy=True):
-        def compute():
-            if isinstance(cupy, Exception):
-                raise cupy
+    card: the compute capability. cupy: None if missing, the error of its kernels, or what they return.
+    """
 
+    def call(gpus=0, cuda="12.8", driver=(12, 4), card=(9, 0), code=("sm_75", "sm_86", "sm_90"), cupy=True):
         functions = {
             "is_available": lambda: gpus > 0,
             "device_count": lambda: gpus,
             "get_device_name": lambda number: f"Card {number}",
+            "get_device_capability": lambda number: card,
+            "get_arch_list": lambda: list(code),
         }
         version = SimpleNamespace(cuda=cuda)
         torch = SimpleNamespace(version=version, cuda=SimpleNamespace(**functions), __version__="2.0")
         monkeypatch.setitem(sys.modules, "torch", torch)
-        array = SimpleNamespace(sum=lambda: SimpleNamespace(item=compute))
-        fake = SimpleNamespace(cuda=SimpleNamespace(Device=nullcontext), arange=lambda size: array)
-        monkeypatch.setitem(sys.modules, "cupy", fake if cupy else None)  # None makes the import fail
+        monkeypatch.setattr(check, "driver_cuda", lambda: driver)
+        fakes = cupy_on_numpy.modules()
+        monkeypatch.setattr(fakes["cupy"].cuda, "Device", nullcontext)
+        if isinstance(cupy, Exception):
+            monkeypatch.setattr(fakes["cupy"], "dot", lambda *arrays: raise_(cupy), raising=False)
+        elif cupy == "wrong":
+            monkeypatch.setattr(fakes["cupy"], "dot", lambda left, right: left @ right * 0, raising=False)
+        for name, fake in fakes.items():
+            monkeypatch.setitem(sys.modules, name, fake if cupy else None)  # None makes the import fail
 
     return call
+
+
+def raise_(error):
+    raise error
 
 
 @pytest.mark.parametrize(
     ("surroundings", "gpu_id", "sentence"),
     [
         ({"cuda": None}, 0, "PyTorch 2.0 is built without CUDA; run `make venv-gpu`"),
+        ({"driver": None}, 0, "No NVIDIA driver works (libcuda.so.1); install one"),
+        ({"driver": (11, 4)}, 0, "is built for CUDA 12.8 and the driver for 11.4; install a newer driver"),
         ({"gpus": 0}, 0, "No GPU 0: PyTorch finds 0; check `nvidia-smi`"),
         ({"gpus": 2}, 2, "No GPU 2: PyTorch finds 2;"),
+        ({"gpus": 1, "card": (7, 0)}, 0, "no code for Card 0 (sm_70), only for sm_75, sm_86, sm_90; use another GPU"),
+        ({"gpus": 1, "card": (8, 0)}, 0, "no code for Card 0 (sm_80)"),
+        ({"gpus": 1, "card": (12, 0)}, 0, "no code for Card 0 (sm_120)"),
         ({"gpus": 1, "cupy": None}, 0, "CuPy, which spaCy needs on a GPU, does not work (import of cupy halted"),
         ({"gpus": 1, "cupy": RuntimeError("no nvrtc")}, 0, "(no nvrtc); install cupy-cuda12x with `make venv-gpu`"),
+        ({"gpus": 1, "cupy": "wrong"}, 0, "CuPy 14.2.0 computes wrong products or sums"),
     ],
 )
 def test_what_a_gpu_run_lacks_is_one_sentence_with_the_way_to_the_cpu(machine, surroundings, gpu_id, sentence):
@@ -57,8 +75,11 @@ def test_what_a_gpu_run_lacks_is_one_sentence_with_the_way_to_the_cpu(machine, s
     assert CPU in str(error.value)
 
 
-def test_a_gpu_that_works_is_named(machine, capsys):
-    machine(gpus=2)
+@pytest.mark.parametrize(
+    "surroundings", [{}, {"card": (8, 9)}, {"card": (12, 0), "code": ("sm_90", "compute_90")}, {"driver": (13, 0)}]
+)
+def test_a_gpu_that_works_is_named(machine, capsys, surroundings):
+    machine(gpus=2, **surroundings)
     check.check_gpu(1)
     assert "Runs on GPU 1, Card 1" in capsys.readouterr().out
 

@@ -35,5 +35,5 @@ def install() -> None:
     assert "thinc" not in sys.modules, "thinc looks for a GPU when it is imported"
     from gpu_stand_in import cupy_on_numpy, torch_on_cuda
 
-    cupy_on_numpy.install()
+    sys.modules |= cupy_on_numpy.modules()
     torch_on_cuda.install()

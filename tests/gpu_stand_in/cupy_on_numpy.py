@@ -1,6 +1,6 @@
 """CuPy's arrays on NumPy: any other array is refused, as CuPy refuses it."""
 
-import sys
+import contextlib
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -125,6 +125,9 @@ def _define_operators() -> None:
     ndarray.__hash__ = object.__hash__
 
 
+_define_operators()
+
+
 class Module(ModuleType):
     """The module cupy: NumPy's functions on CuPy's arrays."""
 
@@ -151,6 +154,9 @@ class Module(ModuleType):
         assert not isinstance(ends, ndarray), "CuPy reads each end from the device"
         return to_device(numpy.split(array.host, ends, axis))
 
+    def save(self, file: Any, array: Any) -> None:
+        numpy.save(file, array.get() if isinstance(array, ndarray) else array)
+
     def get_array_module(self, *arrays: Any) -> ModuleType:
         return self if any(isinstance(array, ndarray) for array in arrays) else numpy
 
@@ -163,14 +169,15 @@ def scatter_add(table: ndarray, rows: Any, values: ndarray) -> None:
     numpy.add.at(table.host, index(rows), values.host)
 
 
-def _device(number: int = 0) -> SimpleNamespace:
-    assert number == 0, "the stand-in has one device"
-    return SimpleNamespace(use=lambda: None)
+class Device(contextlib.nullcontext):
+    """The only device."""
+
+    def use(self) -> None:
+        assert self.enter_result == 0, "the stand-in has one device"
 
 
-def install() -> None:
-    """Put the modules cupy, cupyx and those of their parts that thinc uses into sys.modules."""
-    _define_operators()
+def modules() -> dict[str, ModuleType]:
+    """Return cupy, cupyx and those of their parts that thinc uses, by name."""
     cupy, cupyx = Module("cupy"), ModuleType("cupyx")
     cupyx.scatter_add = scatter_add
     generator = numpy.random.RandomState(0)
@@ -180,11 +187,10 @@ def install() -> None:
     pool = SimpleNamespace(malloc=None, free_all_blocks=lambda: None)
     cupy.get_default_memory_pool = lambda: pool
     cupy.cuda = SimpleNamespace(
-        Device=_device,
-        device=SimpleNamespace(Device=_device),
+        Device=Device,
+        device=SimpleNamespace(Device=Device),
         runtime=SimpleNamespace(getDeviceCount=lambda: 1, CUDARuntimeError=RuntimeError),
         MemoryPool=lambda allocator: pool,
         set_allocator=lambda allocator: None,
     )
-    for module in (cupy, cupyx, cupy.random, cupy.cublas):
-        sys.modules[module.__name__] = module
+    return {module.__name__: module for module in (cupy, cupyx, cupy.random, cupy.cublas)}
