@@ -20,7 +20,7 @@ venv-gpu: .venv/requirements-gpu.lock
 venv-dev: .venv/requirements-dev.lock
 .venv/requirements.lock: requirements.lock
 	$(PYTHON) -m venv .venv
-	$(INSTALL) $< && $(PIP) check && touch $@ || { echo "The packages for a GPU run on a CPU too."; $(MAKE) venv-gpu; }
+	$(INSTALL) $< && $(PIP) check && touch $@ || { echo "Installing requirements-gpu.lock instead, which also runs on a CPU."; $(MAKE) venv-gpu; }
 .venv/requirements-gpu.lock: requirements-gpu.lock
 	$(PYTHON) -m venv .venv
 	$(INSTALL) $< && $(PIP) check && touch $@

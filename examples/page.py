@@ -36,5 +36,4 @@ with gr.Blocks(title="Italian named entities", analytics_enabled=False) as page:
     gr.on([page.load, typed.input], entities, typed, shown, show_progress="hidden", trigger_mode="always_last")
 
 if __name__ == "__main__":
-    font = ["system-ui", "sans-serif"]  # gradio's own themes load fonts from Google
-    page.launch(theme=gr.themes.Default(font=font, font_mono=["monospace"]), footer_links=[])
+    page.launch(footer_links=[])

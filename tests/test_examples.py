@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import gradio
 import httpx
 import pytest
 import spacy
@@ -20,7 +21,6 @@ from spacy.tokens.underscore import Underscore
 import annotate_column
 from conftest import ROOT
 
-EXAMPLES = ROOT / "examples"
 TEXTS = ["Rita visse a Torino.", "", "😀 A Bari, poi a Torino", "niente"]
 SCORES = {"Rita": 0.75, "Torino": 0.5}  # Bari has none, like an entity of another pipe
 
@@ -120,17 +120,17 @@ def test_a_missing_file_or_package_is_one_sentence(monkeypatch, command, said):
     monkeypatch.setattr(sys, "argv", command.split())
     monkeypatch.setenv("MODEL", "nessuno")
     with pytest.raises(SystemExit, match=said) as stopped:
-        runpy.run_path(str(EXAMPLES / sys.argv[0]), run_name="__main__")
+        runpy.run_path(str(ROOT / "examples" / sys.argv[0]), run_name="__main__")
     assert "\n" not in stopped.value.code
 
 
-def test_the_page_shows_entities_and_loads_no_fonts_of_google(model, monkeypatch):
+def test_the_page_shows_entities_and_loads_no_fonts_from_other_servers(model, monkeypatch):
     launched = {}
-    monkeypatch.setattr("gradio.Blocks.launch", lambda page, **options: launched.update(options))
-    page = runpy.run_path(str(EXAMPLES / "page.py"), run_name="__main__")
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda page, **options: launched.update(options))
+    page = runpy.run_path(str(ROOT / "examples" / "page.py"), run_name="__main__")
     assert page["entities"]("A Bari <b>")["entities"] == [{"entity": "LOC", "start": 2, "end": 6}]
     assert page["entities"]("a" * 6_000) == {"text": "a" * 5_000, "entities": []}
-    assert launched["theme"]._stylesheets == []
+    assert gradio.utils.get_theme(launched.get("theme"))._stylesheets == []
 
 
 def until(true):
