@@ -557,7 +557,7 @@ def test_spacy_validate_finds_it_compatible(python, offline, tmp_path):
     plain = offline | {"ANSI_COLORS_DISABLED": "1"}
     done = subprocess.run([python, "-c", VALIDATE], cwd=tmp_path, env=plain, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (row,) = [line.split() for line in done.stdout.splitlines() if "panx" in line]
+    (row,) = [line.split() for line in done.stdout.splitlines() if "it_panx" in line]
     assert row[1:] == [">=3.8.0,<3.9.0", "2.0.0", "✔"]
 
 
