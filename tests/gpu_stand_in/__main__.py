@@ -9,6 +9,7 @@ from typing import Any
 import gpu_stand_in
 from gpu_stand_in import AUTOCAST, COUNTS, CUPY_KERNEL, KERNEL, SYNC, TO_DEVICE, counted
 
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 gpu_stand_in.install()
 
 import numpy  # noqa: E402
@@ -160,5 +161,4 @@ def main(encoder: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     main(Path(sys.argv[1]), Path(sys.argv[2]))
