@@ -31,9 +31,10 @@ import torch
 import typer
 from spacy.language import Language
 from spacy.tokens import DocBin
+from thinc.api import xp2torch
 from wasabi import msg
 
-from scripts.pipeline import encoder as encoder_module
+from scripts.pipeline import linear
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,7 +76,7 @@ def save_hugging_face(nlp: Language, folder: Path) -> None:
     getattr(model, model.base_model_prefix).load_state_dict(objects.transformer.state_dict())
     output = ner.model.get_ref("output_layer")
     for name, parameter in (("W", model.classifier.weight), ("b", model.classifier.bias)):
-        parameter.data.copy_(encoder_module.xp2torch(output.get_param(name)))
+        parameter.data.copy_(xp2torch(output.get_param(name)))
     model.save_pretrained(folder)
     objects.tokenizer.save_pretrained(folder)
     if objects.vocab_file_contents is not None:  # spacy-transformers reads it too
@@ -137,7 +138,7 @@ def make(name: str, model: Path, folder: Path, gpu_id: int) -> Annotate:
         return stock(nlp, folder)
     if name == PLAIN:
         for module in nlp.get_pipe("transformer").model.transformer.modules():
-            if type(module) is encoder_module.Linear:
+            if type(module) is linear.Linear:
                 module.__class__ = module.__class__.__base__
     return entities(nlp)
 

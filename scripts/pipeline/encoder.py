@@ -5,17 +5,14 @@ It computes what `spacy-transformers.TransformerModel.v3` computes, at less cost
 - It tokenizes a Doc's text as a whole, in linear time, and cuts it into windows of wordpieces. Every wordpiece gets its
   vector from the window with most context around it. Every token has a vector: one without a wordpiece (white space, a
   zero-width character) gets that of the special token at the start.
-- Windows of similar length run together, which saves padding.
-- On a CPU it uses the faster of two matrix kernels. Prediction in 16 or 8 bits is optional.
+- Windows of similar length run together. On a CPU the faster of two matrix kernels runs (linear.py).
 - In training only the embeddings that a batch reads have a gradient, not the whole table.
 """
 
 import copy
 import json
 import os
-import platform
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,19 +38,14 @@ from transformers.modeling_utils import no_init_weights
 
 # Wordpieces per window without the special tokens, and how many of them the next window repeats.
 WINDOW, OVERLAP = 126, 32
-# Wordpieces per group of windows that run together, padding included. Small groups waste least padding on a CPU.
+# Padded wordpieces per group of windows that run together. Small groups waste least padding on a CPU.
 GROUP_SIZE = {"cpu": 256, "cuda": 16384}
 Precision = Literal["float32", "bfloat16", "int8"]
-# PyTorch multiplies float32 matrices with MKL. oneDNN is faster where AVX-512 is there, slower elsewhere
-# (benchmarks/speed.py measures both).
-HAS_ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-USE_ONEDNN = HAS_ONEDNN and "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 if hasattr(os, "register_at_fork"):  # nlp.pipe(n_process=…) forks
-    # without the variable, a forked tokenizer warns that it cannot use its threads
+    # a forked tokenizer warns without the variable, and a forked PyTorch waits forever for its parent's threads
     os.register_at_fork(before=lambda: os.environ.setdefault("TOKENIZERS_PARALLELISM", "false"))
-    # a forked process would wait forever for threads that PyTorch started in its parent
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
@@ -88,95 +80,11 @@ class VectorBatch(FullTransformerBatch):
         return VectorBatch([], xp2torch(xp.concatenate([gradient[0] for (gradient,) in arrays])))
 
 
-class _OneDnnLinear(torch.autograd.Function):
-    """Compute x Wᵀ + b and its gradients with oneDNN."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        return _multiply(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        rows = gradient.flatten(0, -2)
-        return (
-            _multiply(gradient, weight.t()) if wants_x else None,
-            _multiply(rows.t(), x.flatten(0, -2).t()) if wants_weight else None,
-            rows.sum(0) if wants_bias else None,
-        )
-
-
-def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    # the operator that PyTorch's compiler calls oneDNN with
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-class Linear(torch.nn.Linear):
-    """PyTorch's linear layer, computed by oneDNN on a CPU."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x of shape (…, in) to shape (…, out)."""
-        if x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
-            return super().forward(x)
-        if torch.is_grad_enabled():
-            return _OneDnnLinear.apply(x, self.weight, self.bias)
-        return _multiply(x, self.weight, self.bias)
-
-
-class Int8Linear(torch.nn.Module):
-    """A linear layer with 8-bit weights, one scale per row, that also rounds its input to 8 bits (FBGEMM)."""
-
-    def __init__(self, linear: torch.nn.Linear) -> None:
-        super().__init__()
-        weight = linear.weight.detach()
-        scales = (weight.abs().amax(dim=1) / 127).clamp_min(1e-12).double()
-        with warnings.catch_warnings():
-            # deprecated in favour of a package whose layer needs a C++ compiler on CPUs
-            warnings.filterwarnings("ignore", category=UserWarning)
-            zeros = torch.zeros(len(scales), dtype=torch.int64)
-            rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-            self.packed = torch.ops.quantized.linear_prepack(rounded, linear.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x of shape (…, in) to shape (…, out)."""
-        return torch.ops.quantized.linear_dynamic(x, self.packed)
-
-
-class BFloat16Linear(torch.nn.Module):
-    """A linear layer that multiplies in bfloat16; input and output are float32."""
-
-    def __init__(self, linear: torch.nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = (p if p is None else p.detach().bfloat16() for p in (linear.weight, linear.bias))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x of shape (…, in) to shape (…, out)."""
-        return torch.nn.functional.linear(x.bfloat16(), self.weight, self.bias).float()
-
-
-def _reduce_linear(module: torch.nn.Module) -> None:
-    """Replace a transformer's linear layers by 8-bit ones, and by bfloat16 ones behind an activation.
-
-    Behind an activation (fewer outputs than inputs) a few values are many times larger than the others, so that 8 bits
-    would not resolve the rest.
-    """
-    for name, child in list(module.named_children()):
-        if isinstance(child, torch.nn.Linear):
-            setattr(module, name, (BFloat16Linear if child.in_features > child.out_features else Int8Linear)(child))
-        else:
-            _reduce_linear(child)
-
-
 def lean(transformer: torch.nn.Module) -> torch.nn.Module:
     """Give the transformer the faster linear layers and drop its pooler, whose output nobody reads."""
     if getattr(transformer, "pooler", None) is not None:
         transformer.pooler = None
-    if USE_ONEDNN:
-        for module in transformer.modules():
-            if type(module) is torch.nn.Linear:
-                module.__class__ = Linear  # parameters and names stay the same
+    registry.misc.get("panx_xlmr.FasterLinear.v1")(transformer)  # scripts/pipeline/linear.py
     return transformer
 
 
@@ -305,7 +213,7 @@ class TransformerShim(HFShim):
             if self.precision == "bfloat16":
                 reduced.to(torch.bfloat16)
             elif device.type == "cpu":
-                _reduce_linear(reduced)
+                registry.misc.get("panx_xlmr.Int8Linear.v1")(reduced)
             else:
                 raise ValueError(f"Precision int8 is for the CPU, but the pipeline is on {device}; use bfloat16.")
             self.reduced = reduced

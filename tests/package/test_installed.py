@@ -47,7 +47,7 @@ def spanish(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare_package(project / "training" / "model-package", folder / "model", meta, "tiny", {})
     config = (folder / "model" / "config.cfg").read_text().replace('lang = "it"', 'lang = "es"')
     (folder / "model" / "config.cfg").write_text(config)
-    code = ",".join(f"scripts/pipeline/{name}.py" for name in ("encoder", "pipes", "token_ner", "tokenizer"))
+    code = ",".join(f"scripts/pipeline/{name}.py" for name in ("encoder", "linear", "pipes", "token_ner", "tokenizer"))
     command = ["spacy", "package", folder / "model", folder, "--code", code, "--build", "wheel"]
     subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
     (wheel,) = folder.rglob("*.whl")
