@@ -471,6 +471,20 @@ def test_a_ruler_or_a_sentencizer_can_stand_before_and_after_it(run, place):
     assert ["Bari", "LOC"] in entities
 
 
+def test_a_lemmatizer_which_has_no_model_can_stand_before_and_after_it(run):
+    code = """
+        from spacy.lookups import Lookups
+        nlp = spacy.load("it_panx_xlmr")
+        lookups = Lookups()
+        lookups.add_table("lemma_lookup", {"Bari": "bari"})
+        for name, place in (("a", {"first": True}), ("b", {})):
+            nlp.add_pipe("lemmatizer", name, config={"mode": "lookup"}, **place).initialize(lookups=lookups)
+        doc = nlp("Bari")
+        result = [doc[0].lemma_, doc.ents[0].text, doc._.trf_data]
+    """
+    assert run(code) == ["bari", "Bari", None]
+
+
 def test_another_pipeline_can_take_its_pipes(run):
     code = """
         other = spacy.blank("it", vocab=nlp.vocab)
