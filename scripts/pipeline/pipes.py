@@ -61,8 +61,8 @@ class DocCleaner:
         """
         pipes = [pipe for _, pipe in self.nlp.components]
         behind = list(itertools.dropwhile(lambda pipe: pipe is not self, (pipe for _, pipe in self.nlp.pipeline)))
-        ahead = [pipe.model for pipe in pipes if pipe not in behind and hasattr(pipe, "model")]
-        known = {id(node) for model in ahead for node in model.walk()}
+        ahead = [getattr(pipe, "model", None) for pipe in pipes if pipe not in behind]
+        known = {id(node) for model in ahead if isinstance(model, Model) for node in model.walk()}
         return all(id(listener) in known for pipe in pipes for listener in getattr(pipe, "listeners", ()))
 
 
