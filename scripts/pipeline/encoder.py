@@ -105,10 +105,7 @@ class TransformerShim(HFShim):
         self.read: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def to_bytes(self) -> bytes:
-        """Serialize the tokenizer's files, the transformer's config and its weights.
-
-        Weights are safetensors, stored losslessly in the smallest of int8, float16 and float32.
-        """
+        """Serialize the tokenizer's files, the config and the weights (safetensors, losslessly in 8, 16 or 32 bits)."""
         module, self._model = self._model, torch.nn.Module()
         try:
             # without the weights, which HFShim would pickle
