@@ -8,6 +8,9 @@ and they take turns: the table gives the median of the rounds, the minimum and t
 encoder weights of the pipeline. `transformers.pipeline` also has its linear layer, without the CRF, and labels each
 word by its first wordpiece. The `ner` has random weights, which cost the same as trained ones; its F1 is left out.
 
+The first line names the processor and its instructions. On a processor with AVX-512 all is measured a second time with
+PyTorch and oneDNN limited to AVX2, as on most desktops. FBGEMM (int8) cannot be limited.
+
 With --data and --encoder, training is compared with the card's recipe (benchmarks/recipe.py). --plot draws how the cost
 grows with the length of a text and with the size of a batch.
 """
@@ -34,7 +37,7 @@ from spacy.tokens import DocBin
 from thinc.api import xp2torch
 from wasabi import msg
 
-from scripts.pipeline import linear
+from scripts.pipeline import encoder, linear
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,6 +48,8 @@ HUGGING_FACE = "transformers.pipeline"
 STOCK = "spacy-transformers + ner"
 BATCH_SIZES = (1, 8, 16, 32, 64, 128)
 LENGTHS = (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
+# limits the kernels of a child process to AVX2
+AVX2_ONLY = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 STOCK_CONFIG = {
     "@architectures": "spacy-transformers.TransformerModel.v3",
     "get_spans": {"@span_getters": "spacy-transformers.strided_spans.v1", "window": 128, "stride": 96},
@@ -167,6 +172,15 @@ def work(name: str, model: Path, folder: Path, gpu_id: int) -> None:
         if gpu_id >= 0:
             answer["memory"] = torch.cuda.max_memory_reserved() / 1e9
         print("\n" + json.dumps(answer), flush=True)
+
+
+def processor() -> str:
+    """Return the processor's name and the instructions that decide about the speed of matrix products."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    bfloat16 = "with" if encoder.multiplies_bfloat16(torch.device("cpu")) else "without"
+    vnni = "with" if torch.cpu._is_vnni_supported() else "without"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {bfloat16} bfloat16, {vnni} VNNI"
 
 
 class System:
@@ -352,7 +366,9 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of each system")] = 1,
     package: Annotated[list[str], typer.Option(help="Installed spaCy pipelines to compare")] = [],  # noqa: B006
     data: Annotated[Path | None, typer.Option(help="Folder of PAN-X.it as TSV files, for training")] = None,
-    encoder: Annotated[Path | None, typer.Option(help="Folder of the encoder, for training")] = None,
+    encoder_folder: Annotated[
+        Path | None, typer.Option("--encoder", help="Folder of the encoder, for training")
+    ] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="PNG file of the plot")] = None,
     work_as: Annotated[str, typer.Option("--work", hidden=True)] = "",
     folder: Annotated[Path | None, typer.Option(hidden=True)] = None,
@@ -361,8 +377,9 @@ def main(
     """Compare the pipeline's speed, memory and F1 with those of other systems."""
     if work_as:
         return work(work_as, model, folder, gpu_id)
-    if (data is None) != (encoder is None):
+    if (data is None) != (encoder_folder is None):
         raise typer.BadParameter("Give --data and --encoder together.")
+    print(f"Processor: {processor()}", flush=True)
     texts, gold = read_test(test)
     with tempfile.TemporaryDirectory() as name:
         save_hugging_face(spacy.load(model), Path(name))
@@ -371,8 +388,11 @@ def main(
         compare(names, model, Path(name), texts, gold, count, rounds, threads)
         if plot_file:
             plot([EXACT, "this pipeline, int8", batched], model, Path(name), texts[:count], threads, plot_file)
-    if data and encoder:
-        compare_training(data, encoder, 3, threads)
+    if data and encoder_folder:
+        compare_training(data, encoder_folder, 3, threads)
+    if "AVX512" in torch.backends.cpu.get_cpu_capability():
+        command = [sys.executable, "-m", "benchmarks.speed", *sys.argv[1:]]
+        subprocess.run(command, env=os.environ | AVX2_ONLY, check=True)
 
 
 if __name__ == "__main__":

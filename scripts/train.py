@@ -24,6 +24,9 @@ from scripts.pipeline import token_ner
 
 matplotlib.use("agg")
 
+# The changes of `letter_case`, equally probable: the method of str, and whether only entities change.
+CASES = (("upper", False), ("upper", False), ("lower", False), ("title", False), ("upper", True), ("lower", True))
+
 
 class TokenClassificationAdam(Optimizer):
     """PyTorch's fused AdamW, as in the transformers Trainer; the head's learning rate is a multiple of the encoder's.
@@ -183,17 +186,18 @@ def token_classification_adam(
 def letter_case(share: float) -> Callable[[Language, Example], Iterator[Example]]:
     """Change the letter case of a share of the training texts, so that capitals are not the only cue.
 
-    Of these texts, a quarter each gets upper case, lower case, title case, and entities in upper or lower case only.
-    Tokens and all annotation stay; a word whose length would change stays too.
+    CASES says how. Tokens and all annotation stay; a word whose length would change stays too.
     """
 
     def augment(nlp: Language, example: Example) -> Iterator[Example]:
         if random.random() >= share:
             yield example
             return
-        way = random.choice(("upper", "lower", "title", random.choice(("upper", "lower"))))
-        whole = random.random() < 0.75
-        words = [_with_case(token.text, way) if whole or token.ent_type else token.text for token in example.reference]
+        way, only_entities = random.choice(CASES)
+        words = [
+            token.text if only_entities and not token.ent_type else _with_case(token.text, way)
+            for token in example.reference
+        ]
         spaces = [bool(token.whitespace_) for token in example.reference]
         # the lengths are the same, so that all annotation, missing tags included, fits the new text
         gold = example.reference.to_dict()

@@ -13,6 +13,7 @@ import copy
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from spacy_transformers.layers.transformer_model import TransformerModel, huggin
 from thinc.api import Model, Ops, Optimizer, chain, get_array_module, get_torch_default_device, torch2xp, xp2torch
 from thinc.types import Floats2d, Floats3d, Ragged
 from torch.nn.functional import embedding
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import no_init_weights
 
@@ -144,11 +145,18 @@ class TransformerShim(HFShim):
             vocab_file_contents = Path(vocab_file).read_bytes() if vocab_file else None
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             with no_init_weights():
-                transformer = AutoModel.from_config(config, trust_remote_code=False)
-        lean(transformer).load_state_dict(_full(load(message["state"])))
+                # AutoModel.from_config would import the config of every model that transformers has
+                transformer = MODEL_MAPPING[type(config)](config)
+        # assigned: no second copy of the weights
+        lean(transformer).load_state_dict(_full(load(message.pop("state"))), assign=True)
         self._model, self.reduced = transformer.to(get_torch_default_device()).eval(), None
         prepare_tokenizer(tokenizer)
         self._hfmodel = HFObjects(tokenizer, transformer, vocab_file_contents, SimpleFrozenDict(), SimpleFrozenDict())
+        if self.precision == "bfloat16" and not multiplies_bfloat16(transformer.device):
+            warnings.warn(
+                "This processor has no bfloat16 instructions (AVX512_BF16 or AMX): the pipeline predicts in float32.",
+                stacklevel=2,
+            )
         self._predicting()  # now, not in the first of several threads that predict
         return self
 
@@ -200,20 +208,21 @@ class TransformerShim(HFShim):
 
     def _predicting(self) -> torch.nn.Module:
         """Return the transformer in the requested precision; the embedding table is not copied."""
-        if self.precision == "float32":
+        device = self._model.device
+        if self.precision == "float32" or (self.precision == "bfloat16" and not multiplies_bfloat16(device)):
             return self._model
         if self.reduced is None:
-            device = self._model.device
             table = self._model.get_input_embeddings()
+            others = {id(table): torch.nn.Identity()}  # what the copy has in their place
+            if self.precision == "int8":
+                if device.type != "cpu":
+                    raise ValueError(f"Precision int8 is for the CPU, but the pipeline is on {device}; use bfloat16.")
+                int8_linear = registry.misc.get("panx_xlmr.Int8Linear.v1")  # scripts/pipeline/linear.py
+                layers = [module for module in self._model.modules() if isinstance(module, torch.nn.Linear)]
+                others |= {id(layer): int8_linear(layer) for layer in layers}
             # assigned when complete, since other threads may predict meanwhile
-            reduced = copy.deepcopy(self._model, {id(table): torch.nn.Identity()}).eval()
-            if self.precision == "bfloat16":
-                reduced.to(torch.bfloat16)
-            elif device.type == "cpu":
-                registry.misc.get("panx_xlmr.Int8Linear.v1")(reduced)
-            else:
-                raise ValueError(f"Precision int8 is for the CPU, but the pipeline is on {device}; use bfloat16.")
-            self.reduced = reduced
+            reduced = copy.deepcopy(self._model, others).eval()
+            self.reduced = reduced.to(torch.bfloat16) if self.precision == "bfloat16" else reduced
         return self.reduced
 
     def _run(
@@ -223,26 +232,38 @@ class TransformerShim(HFShim):
         transformer: torch.nn.Module,
     ) -> torch.Tensor:
         device, dtype = transformer.device, transformer.dtype
-        inputs, places, padded = [], numpy.empty(sum(w.count for w in windows), dtype="int64"), 0
+        arrays, paddings = [], []
         for group in grouped_by_length(windows, GROUP_SIZE.get(device.type, GROUP_SIZE["cuda"])):
             length = max(len(window.ids) for window in group)
             ids, mask = numpy.zeros((2, len(group), length), dtype="int64")
             ids[:] = windows[0].ids[0]  # masked, so any id will do
+            places, rows = [], []  # where a vector is in the group's output, and its row
             for i, window in enumerate(group):
                 ids[i, : len(window.ids)] = window.ids
                 mask[i, : len(window.ids)] = 1
-                first = padded + i * length + window.first
-                places[window.row : window.row + window.count] = numpy.arange(first, first + window.count)
-            padded += ids.size
-            inputs += [ids, mask]
-        places_there, *inputs_there = _copied([places, *inputs], device)
-        outputs = []
-        for ids, mask, padding in zip(inputs_there[::2], inputs_there[1::2], inputs[1::2], strict=True):
+                places.append(numpy.arange(window.count) + i * length + window.first)
+                rows.append(numpy.arange(window.count) + window.row)
+            arrays += [ids, mask, numpy.concatenate(places), numpy.concatenate(rows)]
+            paddings.append(not mask.all())
+        tensors = iter(_copied(arrays, device))
+        vectors = torch.empty(sum(window.count for window in windows), transformer.config.hidden_size, device=device)
+        for padding, ids, mask, places, rows in zip(paddings, tensors, tensors, tensors, tensors, strict=True):
             # PyTorch is faster without a mask
-            masked = {} if padding.all() else {"attention_mask": mask}
-            output = transformer(inputs_embeds=embed(ids).to(dtype), **masked)
-            outputs.append(output.last_hidden_state.flatten(0, 1))
-        return torch.cat(outputs).index_select(0, places_there).float()
+            masked = {"attention_mask": mask} if padding else {}
+            output = transformer(inputs_embeds=embed(ids).to(dtype), **masked).last_hidden_state
+            # group by group: the vectors of a long text are in memory once
+            vectors.index_copy_(0, rows, output.flatten(0, 1).index_select(0, places).float())
+        return vectors
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions for bfloat16; without them it is slower than float32."""
+    if device.type != "cpu":
+        return True
+    # the first is empty or lower where the user has limited PyTorch's instructions
+    return "AVX512" in torch.backends.cpu.get_cpu_capability() and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
 
 
 def _copied(arrays: Sequence[numpy.ndarray], device: torch.device) -> list[torch.Tensor]:
@@ -288,12 +309,15 @@ def _in_8_bits(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None
 
 
 def _full(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the weights that `_shortest` stored, in float32."""
-    return {
-        name: tensor * weights[f"{name}.scales"] if f"{name}.scales" in weights else tensor
-        for name, tensor in weights.items()
-        if not name.endswith(".scales")
-    }
+    """Return the weights that `_shortest` stored, in float32. Empties `weights` to save memory."""
+    scales = {name: weights.pop(name) for name in list(weights) if name.endswith(".scales")}
+    full = {}
+    while weights:
+        name, tensor = weights.popitem()
+        full[name] = tensor.float()
+        if f"{name}.scales" in scales:
+            full[name] *= scales[f"{name}.scales"]
+    return full
 
 
 class PanxTransformerModel(TransformerModel):

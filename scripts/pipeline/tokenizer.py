@@ -31,13 +31,14 @@ JOINERS = frozenset("\u00ad\u200c\u200d")
 
 def _separators() -> str:
     """Return a regular expression for one punctuation mark, symbol or invisible character that separates words."""
-    planes = [*range(0x20000), *range(0xE0000, 0xE0080)]  # none of other planes separates words
+    # no other plane has any, and lone surrogates are replaced
+    planes = [*range(0xD800), *range(0xE000, 0x20000), *range(0xE0000, 0xE0080)]
     inside = INSIDE_WORDS | JOINERS
     points = [i for i in planes if unicodedata.category(chr(i))[0] in "PSC" and chr(i) not in inside]
     points = [i for i in points if not chr(i).isspace()]
     starts = [i for i, before in zip(points, [-2, *points], strict=False) if i != before + 1]
     ends = [i for i, after in zip(points, [*points[1:], -2], strict=True) if i != after - 1]
-    ranges = (f"\\U{first:08x}-\\U{last:08x}" for first, last in zip(starts, ends, strict=True))
+    ranges = (f"{re.escape(chr(first))}-{re.escape(chr(last))}" for first, last in zip(starts, ends, strict=True))
     return f"[{''.join(ranges)}]"
 
 
