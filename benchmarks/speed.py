@@ -37,7 +37,7 @@ from spacy.tokens import DocBin
 from thinc.api import xp2torch
 from wasabi import msg
 
-from scripts.pipeline import encoder, linear
+from scripts.pipeline import linear
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -178,7 +178,7 @@ def processor() -> str:
     """Return the processor's name and the instructions that decide about the speed of matrix products."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    bfloat16 = "with" if encoder.multiplies_bfloat16(torch.device("cpu")) else "without"
+    bfloat16 = "with" if linear.has_bfloat16() else "without"
     vnni = "with" if torch.cpu._is_vnni_supported() else "without"
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {bfloat16} bfloat16, {vnni} VNNI"
 
@@ -366,9 +366,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of each system")] = 1,
     package: Annotated[list[str], typer.Option(help="Installed spaCy pipelines to compare")] = [],  # noqa: B006
     data: Annotated[Path | None, typer.Option(help="Folder of PAN-X.it as TSV files, for training")] = None,
-    encoder_folder: Annotated[
-        Path | None, typer.Option("--encoder", help="Folder of the encoder, for training")
-    ] = None,
+    encoder: Annotated[Path | None, typer.Option(help="Folder of the encoder, for training")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="PNG file of the plot")] = None,
     work_as: Annotated[str, typer.Option("--work", hidden=True)] = "",
     folder: Annotated[Path | None, typer.Option(hidden=True)] = None,
@@ -377,7 +375,7 @@ def main(
     """Compare the pipeline's speed, memory and F1 with those of other systems."""
     if work_as:
         return work(work_as, model, folder, gpu_id)
-    if (data is None) != (encoder_folder is None):
+    if (data is None) != (encoder is None):
         raise typer.BadParameter("Give --data and --encoder together.")
     print(f"Processor: {processor()}", flush=True)
     texts, gold = read_test(test)
@@ -388,8 +386,8 @@ def main(
         compare(names, model, Path(name), texts, gold, count, rounds, threads)
         if plot_file:
             plot([EXACT, "this pipeline, int8", batched], model, Path(name), texts[:count], threads, plot_file)
-    if data and encoder_folder:
-        compare_training(data, encoder_folder, 3, threads)
+    if data and encoder:
+        compare_training(data, encoder, 3, threads)
     if "AVX512" in torch.backends.cpu.get_cpu_capability():
         command = [sys.executable, "-m", "benchmarks.speed", *sys.argv[1:]]
         subprocess.run(command, env=os.environ | AVX2_ONLY, check=True)

@@ -30,7 +30,7 @@ from spacy_transformers.data_classes import FullTransformerBatch, HFObjects, Tra
 from spacy_transformers.layers import trfs2arrays
 from spacy_transformers.layers.hf_shim import HFShim
 from spacy_transformers.layers.transformer_model import TransformerModel, huggingface_from_pretrained
-from thinc.api import Model, Ops, Optimizer, chain, get_array_module, get_torch_default_device, torch2xp, xp2torch
+from thinc.api import Model, Optimizer, chain, get_array_module, get_torch_default_device, torch2xp, xp2torch
 from thinc.types import Floats2d, Floats3d, Ragged
 from torch.nn.functional import embedding
 from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
@@ -152,7 +152,7 @@ class TransformerShim(HFShim):
         self._model, self.reduced = transformer.to(get_torch_default_device()).eval(), None
         prepare_tokenizer(tokenizer)
         self._hfmodel = HFObjects(tokenizer, transformer, vocab_file_contents, SimpleFrozenDict(), SimpleFrozenDict())
-        if self.precision == "bfloat16" and not multiplies_bfloat16(transformer.device):
+        if self.precision == "bfloat16" and not _has_bfloat16(transformer.device):
             warnings.warn(
                 "This processor has no bfloat16 instructions (AVX512_BF16 or AMX): the pipeline predicts in float32.",
                 stacklevel=2,
@@ -209,7 +209,7 @@ class TransformerShim(HFShim):
     def _predicting(self) -> torch.nn.Module:
         """Return the transformer in the requested precision; the embedding table is not copied."""
         device = self._model.device
-        if self.precision == "float32" or (self.precision == "bfloat16" and not multiplies_bfloat16(device)):
+        if self.precision == "float32" or (self.precision == "bfloat16" and not _has_bfloat16(device)):
             return self._model
         if self.reduced is None:
             table = self._model.get_input_embeddings()
@@ -256,14 +256,8 @@ class TransformerShim(HFShim):
         return vectors
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether a device has instructions for bfloat16; without them it is slower than float32."""
-    if device.type != "cpu":
-        return True
-    # the first is empty or lower where the user has limited PyTorch's instructions
-    return "AVX512" in torch.backends.cpu.get_cpu_capability() and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
+def _has_bfloat16(device: torch.device) -> bool:
+    return device.type != "cpu" or registry.misc.get("panx_xlmr.HasBFloat16.v1")()  # scripts/pipeline/linear.py
 
 
 def _copied(arrays: Sequence[numpy.ndarray], device: torch.device) -> list[torch.Tensor]:
@@ -375,16 +369,17 @@ def tok2vec_transformer(
     tokenizer_config: dict[str, Any],
     transformer_config: dict[str, Any],
     mixed_precision: bool,
-    pooling: Model[Ragged, Floats2d],
-    grad_factor: float,
+    pooling: Model[Ragged, Floats2d] | None = None,
+    grad_factor: float = 1.0,
     precision: Precision = "float32",
 ) -> Model[list[Doc], list[Floats2d]]:
     """Build the transformer inside another pipe, as `nlp.replace_listeners` does with a listener.
 
-    pooling, grad_factor: the listener's arguments.
+    pooling, grad_factor: the arguments of spacy-transformers' listener; ours has none.
     """
     model = PanxTransformerModel(name, tokenizer_config, transformer_config, mixed_precision, precision)
-    return chain(_own_encoder(model), trfs2arrays(pooling, grad_factor))
+    first_wordpieces = registry.layers.get("panx_xlmr.FirstWordpieces.v1")  # scripts/pipeline/pipes.py
+    return chain(_own_encoder(model), trfs2arrays(pooling, grad_factor) if pooling else first_wordpieces())
 
 
 def _own_encoder(model: PanxTransformerModel) -> Model[list[Doc], list[TransformerData]]:
@@ -408,7 +403,7 @@ def _initialize_own(model: Model, X: Any = None, Y: Any = None) -> None:
 
 
 def _own_encoder_config(encoder_config: dict[str, Any], listener_config: dict[str, Any]) -> dict[str, Any]:
-    of_listener = {key: listener_config[key] for key in ("pooling", "grad_factor")}
+    of_listener = {key: listener_config[key] for key in ("pooling", "grad_factor") if key in listener_config}
     return encoder_config | of_listener | {"@architectures": "panx_xlmr.Tok2VecTransformer.v1"}
 
 
@@ -433,7 +428,6 @@ def forward(
     shim = model.layers[0].shims[0]
     vectors, backprop = shim(windows, is_train)
     array, doc_data, row = torch2xp(vectors.detach()), [], 0
-    aligned = _on_device(model.ops, aligned)
     for wordpieces, align in aligned:
         rows = sum(wordpieces.lengths)
         if not rows:
@@ -487,16 +481,6 @@ def wordpiece_windows(
         aligned.append((wordpieces, align_tokens(doc, encoding.offsets)))
         row += len(ids) + 1
     return windows, aligned
-
-
-def _on_device(ops: Ops, aligned: Sequence[tuple[WordpieceBatch, Ragged]]) -> list[tuple[WordpieceBatch, Ragged]]:
-    """Copy the rows of all Docs' tokens to the device at once; spacy-transformers would copy them Doc by Doc, twice."""
-    flat = ops.asarray(numpy.concatenate([align.dataXd for _, align in aligned]))
-    ends = numpy.cumsum([len(align.data) for _, align in aligned])
-    return [
-        (wordpieces, Ragged(flat[end - len(align.data) : end], align.lengths))
-        for (wordpieces, align), end in zip(aligned, ends, strict=True)
-    ]
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:

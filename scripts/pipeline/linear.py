@@ -92,3 +92,12 @@ def faster_linear(transformer: torch.nn.Module) -> None:
 def int8_linear(linear: torch.nn.Linear) -> torch.nn.Module:
     """Return an 8-bit copy of a linear layer."""
     return Int8Linear(linear)
+
+
+@registry.misc("panx_xlmr.HasBFloat16.v1")
+def has_bfloat16() -> bool:
+    """Return whether this processor has instructions for bfloat16; without them it is slower than float32."""
+    # the capability is lower where the user limits PyTorch's kernels
+    return "AVX512" in torch.backends.cpu.get_cpu_capability() and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )

@@ -1,12 +1,18 @@
-"""The transformer's pipe, and a pipe that frees its vectors."""
+"""The transformer's pipe, a layer that listens to it, and a pipe that frees its vectors."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy
+from spacy import registry
 from spacy.language import Language
 from spacy.tokens import Doc
+from spacy_transformers.data_classes import TransformerData
+from spacy_transformers.layers import TransformerListener
 from spacy_transformers.pipeline_component import DEFAULT_CONFIG, Transformer
-from thinc.api import Model
+from thinc.api import Model, chain
+from thinc.types import Floats2d
+from transformers.file_utils import ModelOutput
 
 FACTORY, CLEANER = "panx_xlmr_transformer_v1", "panx_xlmr_doc_cleaner_v1"
 MAX_TOKENS = 8192  # tokens whose vectors a stream keeps in memory at a time
@@ -33,6 +39,61 @@ def make_transformer(
 ) -> PanxTransformer:
     """Create the pipe from a config; see spacy_transformers.Transformer."""
     return PanxTransformer(nlp.vocab, model, set_extra_annotations, max_batch_items=max_batch_items, name=name)
+
+
+@registry.architectures("panx_xlmr.TransformerListener.v1")
+def transformer_listener(upstream: str = "*") -> Model[list[Doc], list[Floats2d]]:
+    """Listen to the transformer pipe `upstream`, or to any, and return the vector of each token's first wordpiece."""
+    return chain(TransformerListener(upstream), first_wordpieces())
+
+
+@registry.layers("panx_xlmr.FirstWordpieces.v1")
+def first_wordpieces() -> Model[list[TransformerData], list[Floats2d]]:
+    """Return the vector of each token's first wordpiece, an array of shape (tokens, width) per Doc.
+
+    It equals spacy-transformers' pooling with `reduce_first`, which copies the vectors of all wordpieces twice, Doc by
+    Doc. Every token must have a wordpiece.
+    """
+    return Model("first-wordpieces", _forward_first)
+
+
+def _forward_first(
+    model: Model, batch: list[TransformerData], is_train: bool
+) -> tuple[list[Floats2d], Callable[[list[Floats2d]], list[TransformerData]]]:
+    ops = model.ops
+    full = [data for data in batch if "last_hidden_state" in data.model_output]  # the others' Docs have no tokens
+    if not full:
+        return [ops.alloc2f(0, 0) for _ in batch], lambda gradients: []
+    arrays = [data.model_output.last_hidden_state.reshape(-1, data.width) for data in full]
+    lengths = [ops.to_numpy(data.align.lengths) for data in full]
+    before = numpy.cumsum([0, *(len(array) for array in arrays)])  # a Doc's first row among all Docs' vectors
+    firsts = [
+        ops.to_numpy(data.align.dataXd)[numpy.cumsum(some) - some] + start
+        for data, some, start in zip(full, lengths, before[:-1], strict=True)
+    ]
+    rows = ops.asarray(numpy.concatenate(firsts))  # one copy to a GPU
+    # one Doc's vectors are not copied: they may be those of a book
+    vectors = arrays[0] if len(arrays) == 1 else ops.xp.concatenate(arrays)
+    shape = vectors.shape
+    ends = numpy.cumsum([len(some) for some in lengths])
+    found = iter(ops.xp.split(vectors[rows], ends[:-1]))
+    outputs = [next(found) if "last_hidden_state" in data.model_output else ops.alloc2f(0, 0) for data in batch]
+
+    def backprop(gradients: list[Floats2d]) -> list[TransformerData]:
+        flat = ops.alloc2f(*shape)
+        ops.scatter_add(flat, rows, ops.xp.concatenate([gradient for gradient in gradients if len(gradient)]))
+        return [
+            TransformerData(
+                wordpieces=data.wordpieces,
+                model_output=ModelOutput(
+                    last_hidden_state=flat[start:end].reshape(data.model_output.last_hidden_state.shape)
+                ),
+                align=data.align,
+            )
+            for data, start, end in zip(full, before[:-1], before[1:], strict=True)
+        ]
+
+    return outputs, backprop
 
 
 class DocCleaner:

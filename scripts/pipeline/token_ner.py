@@ -53,9 +53,7 @@ DEFAULT_MODEL = """
 @architectures = "panx_xlmr.CrfTokenClassifier.v2"
 
 [model.tok2vec]
-@architectures = "spacy-transformers.TransformerListener.v1"
-grad_factor = 1.0
-pooling = {"@layers":"reduce_first.v1"}
+@architectures = "panx_xlmr.TransformerListener.v1"
 """
 
 
