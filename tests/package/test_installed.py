@@ -99,6 +99,11 @@ def test_it_finds_entities(run):
     assert run("result = [(e.text, e.label_) for e in nlp('Bari').ents]") == [["Bari", "LOC"]]
 
 
+def test_signs_beside_a_name_are_words_of_their_own(run):
+    words = run("result = [t.text for t in nlp('**Bari**, Roma<br/>e Nuoro–Po')]")
+    assert " ".join(words) == "* * Bari * * , Roma < br/ > e Nuoro – Po"
+
+
 def test_it_predicts_what_the_trained_pipeline_does(project, run):
     trained = spacy.load(project / "training" / "model")
     gold = DocBin().from_disk(project / "corpus" / "test.spacy").get_docs(trained.vocab)
