@@ -6,6 +6,7 @@ Tokens are joined by rule: none after an elided word, punctuation as `scripts.pa
 scored as it is, in capitals and in lower case.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +31,8 @@ def make_gold(nlp: Language, sentences: Sequence[Sentence], case: str) -> list[D
     for sentence in sentences:
         # a word whose length changes in capitals (ß) is left alone
         words = [new if len(new := CASES[case](word)) == len(word) else word for word in sentence.words]
-        elided = [len(word) > 1 and word[-1] in "'’" and word[-2].isalpha() for word in words]
+        # an elided word has lost a vowel; one that ends in a vowel is truncated (po') or accented (E')
+        elided = [bool(re.search("[^\\W\\d_aeiou]['’]$", word, re.IGNORECASE)) for word in words]
         spaces = [space and not glued for space, glued in zip(guess_spaces(words), elided, strict=True)]
         docs.append(Doc(nlp.vocab, words=words, spaces=spaces, ents=sentence.tags))
     return docs

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,12 +30,13 @@ def one_sentence() -> Iterator[None]:
         msg.fail(str(error))
         sys.exit(1)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
         reason, of_disk = error.strerror or error, error.errno in DISK
+        # a failed write does not name the file: `replacing` does, all others are to temporary files
+        where = error.filename or (tempfile.gettempdir() if of_disk else "")
         if isinstance(error, shutil.Error):  # copytree's list of (source, target, reason)
             reason, of_disk = error.args[0][0][2], True
         hint = "free the space or the path it names" if of_disk else "fix that"
-        msg.fail(f"{where}{reason}; {hint} and run the command again.")
+        msg.fail(f"{where}{where and ': '}{reason}; {hint} and run the command again.")
         sys.exit(1)
 
 

@@ -47,7 +47,6 @@ def configure(
     config["training"]["max_steps"] = steps_per_epoch * epochs
     config["training"]["eval_frequency"] = steps_per_epoch
     config["training"]["batcher"]["size"] = batch_size
-    config["training"]["logger"]["steps_per_epoch"] = steps_per_epoch
     config["training"]["optimizer"]["learn_rate"]["initial_rate"] = learning_rate
     # a number: spaCy resolves the optimizer alone, without interpolation, in debug data and resume_training()
     config["training"]["optimizer"]["learn_rate"]["total_steps"] = steps_per_epoch * epochs
@@ -102,7 +101,10 @@ def main(
             config.to_disk(path)
         steps = config["training"]["max_steps"]
         by_hand = f"spacy train {output} --code scripts/train.py --output training --gpu-id {gpu_id}"
-        msg.good(f"{output}: {steps} steps; `{by_hand}` runs it by hand")
+        msg.good(
+            f"{output}: {steps} steps; `{by_hand}` runs it by hand; for N steps, add --training.max_steps N "
+            "--training.optimizer.learn_rate.total_steps N"
+        )
 
 
 if __name__ == "__main__":

@@ -89,11 +89,10 @@ def _source(record: dict[str, Any], known: dict[str, dict[str, str]]) -> dict[st
     return source | config | commit
 
 
-def hyperparameters(config: Config) -> list[tuple[str, object]]:
+def hyperparameters(config: Config, epochs: float) -> list[tuple[str, object]]:
     """Return names and values of the training's settings."""
     training = config["training"]
     optimizer = training["optimizer"]
-    epochs = training["max_steps"] / training["logger"]["steps_per_epoch"]
     adam = ", ".join(f"{optimizer[key]:g}" for key in ("beta1", "beta2", "eps"))
     return [
         ("learning rate, linear to 0", f"{optimizer['learn_rate']['initial_rate']:g}"),
@@ -177,6 +176,7 @@ def main(
             running=times > 0,
         )
         config = load_config(model / "config.cfg").interpolate()
+        training = list(srsly.read_jsonl(metrics / "training.jsonl"))
         meta = srsly.read_json(model / "meta.json") | own
         card = model_card(
             Path("configs/model_card.md").read_text(encoding="utf8"),
@@ -185,10 +185,10 @@ def main(
             raw_text=raw_text,
             running=srsly.read_json(running) if running.exists() else None,
             times=times,
-            training=list(srsly.read_jsonl(metrics / "training.jsonl")),
+            training=training,
             stats=stats,
             temperature=srsly.read_json(model / "ner" / "cfg").get("temperature", 1.0),
-            hyperparameters=hyperparameters(config),
+            hyperparameters=hyperparameters(config, training[-1]["epoch"]),
             slim=slim,
             panx=origin["data"]["config"].startswith("PAN-X"),
         )

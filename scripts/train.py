@@ -230,15 +230,15 @@ def sentence_batches(size: int) -> Callable[[Iterable[Example]], Iterator[list[E
     return batches
 
 
-@registry.loggers("panx_xlmr.TrainingLogger.v2")
+@registry.loggers("panx_xlmr.TrainingLogger.v3")
 def training_logger(
-    dev_corpus: Callable[[Language], Iterable[Example]], steps_per_epoch: int, output_file: str, plot_file: str
+    dev_corpus: Callable[[Language], Iterable[Example]], output_file: str, plot_file: str
 ) -> Callable[[Language, IO, IO], tuple[Callable[[dict[str, Any] | None], None], Callable[[], None]]]:
     """Log spaCy's console table and progress bar, and the model card's table.
 
     After each evaluation a row goes to `output_file` (JSONL): `training_loss`, the batches' mean loss since the last
-    row, in nats per word; `epoch`; `step`, the number of updates; `validation_loss`, over all words of `dev_corpus`;
-    and spaCy's scores there as fractions. `plot_file` (PNG) shows all rows so far.
+    row, in nats per word; `epoch`, from 1; `step`, the number of updates; `validation_loss`, over all words of
+    `dev_corpus`; and spaCy's scores there as fractions. `plot_file` (PNG) shows all rows so far.
     """
 
     def setup_logger(
@@ -262,7 +262,7 @@ def training_logger(
                 rows.append(
                     {
                         "training_loss": info["losses"]["ner"] / updates,
-                        "epoch": step / steps_per_epoch,
+                        "epoch": info["epoch"] + 1,
                         "step": step,
                         "validation_loss": validation_loss(nlp, dev_corpus(nlp)),
                         **{key: scores[key] for key in ("ents_p", "ents_r", "ents_f")},

@@ -142,7 +142,7 @@ OPTIONS = [
 ]
 
 
-def test_the_command_counts_the_training_sentences(tmp_path):
+def test_the_command_counts_the_sentences_and_says_how_to_train_for_other_steps(tmp_path, capsys):
     vocab = spacy.blank("it").vocab
     DocBin(docs=[Doc(vocab, words=["Roma"], ents=["B-LOC"])] * 49).to_disk(tmp_path / "train.spacy")
     arguments = dict(zip([o[2:].replace("-", "_") for o in OPTIONS[::2]], OPTIONS[1::2], strict=True))
@@ -155,6 +155,9 @@ def test_the_command_counts_the_training_sentences(tmp_path):
         **{key: types.get(key, int)(value) for key, value in arguments.items()},
     )
     assert load_config(tmp_path / "config.cfg")["training"]["max_steps"] == 9
+    said = " ".join(capsys.readouterr().out.split())
+    assert "9 steps" in said
+    assert "--training.max_steps N --training.optimizer.learn_rate.total_steps N" in said
 
 
 def test_a_broken_corpus_gets_one_sentence_and_writes_nothing(refused, tmp_path):

@@ -276,6 +276,7 @@ def test_lower_precision_gives_almost_the_same_vectors_and_keeps_the_weights(tin
         assert two.dtype == numpy.float32
         assert 0 < numpy.abs(one - two).max() < tolerance
     assert shim(fast).to_bytes() == shim(exact).to_bytes()
+    assert len(pickle.dumps(fast)) == pytest.approx(len(pickle.dumps(exact)), abs=99)
 
 
 def test_after_an_update_lower_precision_predicts_with_the_new_weights(tiny_encoder):

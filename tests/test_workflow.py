@@ -101,6 +101,7 @@ def test_the_wheel_holds_a_model_card_and_the_licences(project):
         sources = archive.read("it_panx_xlmr/it_panx_xlmr-2.0.0/LICENSES_SOURCES").decode()
     assert text["LICENSE"] == (ROOT / "LICENSE").read_text(encoding="utf8")
     assert "PAN-X.es" in text["README.md"]
+    assert "| epochs | 10 |" in text["README.md"]
     assert f"{srsly.read_json(project / 'metrics' / 'test.json')['ents_f'] * 100:.2f}" in text["README.md"]
     assert sources.count("Licence:") == 3
 

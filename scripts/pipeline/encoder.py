@@ -160,6 +160,10 @@ class TransformerShim(HFShim):
         self._predicting()  # now, not in the first of several threads that predict
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle stores: all but the copy for prediction, which is made again."""
+        return self.__dict__ | {"reduced": None}
+
     def predict(self, windows: Sequence[Window]) -> torch.Tensor:
         """Return the vectors of the windows' pieces, shape (rows, width), without dropout."""
         if self._model.training:

@@ -1,8 +1,8 @@
 """The tokenizer `panx_xlmr.Tokenizer.v2`: spaCy's own for the language, separators by Unicode category, linear time.
 
 A text is cut at white space, at every punctuation mark, symbol and invisible character (Unicode categories P, S and C)
-except the ones that words have inside, and after an elision (`dell'` + `Italia`). A slash between letters separates,
-since what it joins are two names more often than one (`Trento/Bolzano`).
+except the ones that words have inside, and after an elision (`dell'` + `Italia`). A slash or plus between letters
+separates, since what it joins are two names more often than one (`Trento/Bolzano`).
 """
 
 import re
@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 
 from spacy import registry
+from spacy.lang.char_classes import ALPHA_UPPER
 from spacy.language import Language, create_tokenizer
 from spacy.tokenizer import Tokenizer
 from spacy.tokens import Doc
@@ -111,17 +112,19 @@ def linear_tokenizer() -> Callable[[Language], Tokenizer]:
         wholes = ["[^\\w\\s][\ufe00-\ufe0f]+", "&#?\\w+;"]
         # not inside a word at its beginning or end
         joint = "[-\u2010\u2011/]+"
-        prefixes = [*wholes, *prefixes, sign, f"{joint}(?=[^\\W\\d])"]
+        # a period after a missing space (`casa .Bari`) goes, but not that of `.it`
+        prefixes = [*wholes, *prefixes, sign, f"{joint}(?=[^\\W\\d])", f"\\.(?=[{ALPHA_UPPER}])"]
         # the period of a single letter (`Serie B.`) and after a combining accent (`Cefalu\u0300.`)
         suffixes += [*wholes, sign, f"(?<=\\w){joint}", r"(?<=^\w)\.", f"(?<=[\u0300-\u036f])\\.|(?<={sign})\\."]
-        infixes = [*wholes, "'{2,}", *infixes, "(?<!:)[-\u2010\u2011/]{2,}", "(?<=['’])[_#@&]+", sign]
+        signs = ["(?<!:)[-\u2010\u2011/]{2,}", "(?<=['’])[_#@&]+", r"(?<=\w)\+(?=[^\W\d])", sign]
+        infixes = [*wholes, "'{2,}", *infixes, *signs]
         return LinearTokenizer(
             nlp.vocab,
             rules={text: rule for text, rule in stock.rules.items() if not re.fullmatch(r"\w\.", text)},
             prefix_search=compile_prefix_regex(prefixes).search,
             suffix_search=compile_suffix_regex(suffixes).search,
             infix_finditer=compile_infix_regex(infixes).finditer,
-            token_match=stock.token_match,
+            token_match=stock.token_match or re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]\.?$").match,  # S.p.A.
             url_match=stock.url_match,
         )
 

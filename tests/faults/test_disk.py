@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+import tempfile
 
 import pytest
 
@@ -28,15 +29,21 @@ SCRIPTS = {
 
 
 @contextlib.contextmanager
-def full_disk(path):
-    """`replacing` where no file can grow, as on a full disk."""
+def no_space():
+    """No file can grow, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with replacing(path) as temporary:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
-        try:
-            yield temporary
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def full_disk(path):
+    """`replacing` on a full disk."""
+    with replacing(path) as temporary, no_space():
+        yield temporary
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -47,6 +54,14 @@ def test_a_script_on_a_full_disk_names_the_file_and_leaves_nothing(project, refu
     assert f"✘ {tmp_path}" in sentence
     assert "File too large; free the space or the path it names and run the command again." in sentence
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_full_temporary_folder_is_named(project, refused, monkeypatch, tmp_path):
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with no_space():
+        sentence = refused(evaluate, "training/model", "corpus/test.spacy", "--output", tmp_path)
+    assert f"✘ {tmp_path}: File too large; free the space" in sentence
 
 
 def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path):
