@@ -7,10 +7,11 @@ import spacy
 import torch
 from spacy.tokens import Doc
 from spacy.training import Example
-from thinc.api import Adam, ConfigValidationError, Optimizer
+from spacy_transformers.layers import trfs2arrays
+from thinc.api import Adam, ConfigValidationError, Optimizer, reduce_first
 from transformers import AutoModel, AutoTokenizer
 
-from scripts.pipeline import encoder, linear
+from scripts.pipeline import encoder, linear, pipes
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,18 @@ def test_gradients_are_those_of_spacy_transformers_own_layer(nlp, tiny_encoder):
         assert found[name] == pytest.approx(expected[name], abs=1e-5), name
 
 
+def test_the_listener_equals_spacy_transformers_pooling(nlp, sample):
+    docs = [nlp.make_doc(text) for text in ("", *(" ".join(s.words) for s in sample["train"][:5]), " ", "Bari")]
+    data = [doc._.trf_data for doc in nlp.get_pipe("transformer").pipe(docs)]
+    results = []
+    for layer in (trfs2arrays(reduce_first(), grad_factor=1.0), pipes.first_wordpieces()):
+        arrays, backprop = layer(data, is_train=True)
+        gradients = backprop([array * 2 for array in arrays])
+        results.append([*arrays, *(gradient.model_output.last_hidden_state for gradient in gradients)])
+    for their, our in zip(*results, strict=True):
+        assert their == pytest.approx(our, abs=1e-6)
+
+
 def test_prediction_leaves_the_transformer_without_dropout(nlp):
     first, second = vectors(nlp, ["Anna vive a Bari."] * 2)
     assert numpy.array_equal(first, second)
@@ -218,7 +231,7 @@ def test_a_tokenizer_without_a_largest_length_is_saved_and_loaded(tiny_encoder, 
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
-def test_prediction_changes_nothing_that_threads_share(tiny_encoder, monkeypatch, precision):
+def test_prediction_changes_nothing_that_threads_share(tiny_encoder, monkeypatch, has_bfloat16, precision):
     nlp = pipeline(tiny_encoder, precision=precision)
     nlp.get_pipe("transformer").from_bytes(nlp.get_pipe("transformer").to_bytes())
     transformer = nlp.get_pipe("transformer").model.transformer
@@ -268,8 +281,15 @@ def test_a_frozen_linear_layer_passes_the_gradient_on():
     assert layer.weight.grad is None
 
 
+@pytest.fixture()
+def has_bfloat16(monkeypatch):
+    monkeypatch.setattr(encoder, "_has_bfloat16", lambda device: True)
+
+
 @pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.1), ("int8", 0.3)])
-def test_lower_precision_gives_almost_the_same_vectors_and_keeps_the_weights(tiny_encoder, precision, tolerance):
+def test_lower_precision_gives_almost_the_same_vectors_and_keeps_the_weights(
+    tiny_encoder, has_bfloat16, precision, tolerance
+):
     exact, fast = pipeline(tiny_encoder), pipeline(tiny_encoder, precision=precision)
     texts = ["Anna vive a Bari.", "La Banca d'Italia di Roma"]
     for one, two in zip(vectors(exact, texts), vectors(fast, texts), strict=True):
@@ -279,12 +299,29 @@ def test_lower_precision_gives_almost_the_same_vectors_and_keeps_the_weights(tin
     assert len(pickle.dumps(fast)) == pytest.approx(len(pickle.dumps(exact)), abs=99)
 
 
-def test_after_an_update_lower_precision_predicts_with_the_new_weights(tiny_encoder):
+def test_after_an_update_lower_precision_predicts_with_the_new_weights(tiny_encoder, has_bfloat16):
     nlp = pipeline(tiny_encoder, precision="bfloat16")
     (before,) = vectors(nlp, ["Anna vive a Bari."])
     update_twice(nlp)
     (after,) = vectors(nlp, ["Anna vive a Bari."])
     assert numpy.abs(after - before).max() > 0.05
+
+
+def test_in_8_bits_a_texts_vectors_do_not_depend_on_the_rest_of_its_batch(tiny_encoder):
+    nlp = pipeline(tiny_encoder, precision="int8")
+    texts = ["Anna vive a Bari.", "La Banca d'Italia di Roma è la banca centrale.", "Bari"]
+    for together, text in zip(vectors(nlp, texts), texts, strict=True):
+        assert together == pytest.approx(vectors(nlp, [text])[0], abs=1e-5)
+
+
+def test_without_instructions_for_bfloat16_a_warning_says_that_float32_is_used(tiny_encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder, "_has_bfloat16", lambda device: False)
+    pipeline(tiny_encoder, precision="bfloat16").to_disk(tmp_path)
+    with pytest.warns(UserWarning, match="no bfloat16 instructions"):
+        loaded = spacy.load(tmp_path)
+    exact = spacy.load(tmp_path, config={"components.transformer.model.precision": "float32"})
+    texts = ["Anna vive a Bari."]
+    assert (vectors(loaded, texts)[0] == vectors(exact, texts)[0]).all()
 
 
 def test_a_pipeline_loaded_and_saved_again_is_the_same_bytes(nlp):
