@@ -30,7 +30,8 @@ from scripts.common import UserError, link_or_copy, one_sentence, replacing
 from scripts.convert import make_doc, repair
 from scripts.panx import read_tsv, split_path
 from scripts.pipeline import load_pipeline
-from scripts.pipeline.encoder import PanxTransformerModel, prepare_tokenizer, row_scales
+from scripts.pipeline.encoder import PanxTransformerModel, prepare_tokenizer
+from scripts.pipeline.weights import row_scales
 
 WORDS = 150_000  # of wordfreq's list; more words add hardly any wordpiece
 MIN_SHARE = 0.05  # a script belongs to the language if at least this share of the letters is in it

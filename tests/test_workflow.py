@@ -78,7 +78,7 @@ def test_running_again_skips_what_is_done(project, variables, capfd):
 
 def test_the_wheel_holds_the_pipes_code_and_nothing_of_the_training(project):
     package = project / "packages" / "it_panx_xlmr-2.0.0" / "it_panx_xlmr"
-    carried = {"__init__.py", "encoder.py", "linear.py", "pipes.py", "tokenizer.py", "token_ner.py"}
+    carried = {"__init__.py", "encoder.py", "linear.py", "pipes.py", "tokenizer.py", "token_ner.py", "weights.py"}
     assert {path.name for path in package.glob("*.py")} == carried
     config = (package / "it_panx_xlmr-2.0.0" / "config.cfg").read_text(encoding="utf8")
     assert "TrainingLogger" not in config

@@ -9,9 +9,9 @@ from pathlib import Path
 import spacy
 from spacy.language import Language
 
-from scripts.pipeline import encoder, linear, pipes, token_ner, tokenizer
+from scripts.pipeline import encoder, linear, pipes, token_ner, tokenizer, weights
 
-__all__ = ["encoder", "linear", "load_pipeline", "pipes", "token_ner", "tokenizer"]
+__all__ = ["encoder", "linear", "load_pipeline", "pipes", "token_ner", "tokenizer", "weights"]
 
 
 def load_pipeline(model: str | Path, gpu_id: int = -1) -> Language:

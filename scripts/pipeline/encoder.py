@@ -42,6 +42,11 @@ WINDOW, OVERLAP = 126, 32
 # Padded wordpieces per group of windows that run together. Small groups waste least padding on a CPU.
 GROUP_SIZE = {"cpu": 256, "cuda": 16384}
 Precision = Literal["float32", "bfloat16", "int8"]
+# A text that shows int8 which input channels of a layer are large; they are the same in every text.
+SAMPLE = (
+    "Giovedì mattina il sindaco di Rovigo, Paola Ferretti, ha incontrato all'ospedale Santa Maria i medici della "
+    "clinica: «Non chiuderemo il reparto», ha detto. Nel 1987 la squadra aveva vinto 3-1 a Berlino! E tu, che ne pensi?"
+)
 
 
 if hasattr(os, "register_at_fork"):  # nlp.pipe(n_process=…) forks
@@ -116,7 +121,7 @@ class TransformerShim(HFShim):
         if message["config"]:
             # the folder it was loaded from: the same pipeline must be the same bytes
             message["config"].pop("_name_or_path", None)
-            message["state"] = save(_shortest(module.state_dict()))
+            message["state"] = save(registry.misc.get("panx_xlmr.ShortestWeights.v1")(module.state_dict()))
         return srsly.msgpack_dumps(message)
 
     def from_bytes(self, bytes_data: bytes) -> "TransformerShim":
@@ -148,7 +153,8 @@ class TransformerShim(HFShim):
                 # AutoModel.from_config would import the config of every model that transformers has
                 transformer = MODEL_MAPPING[type(config)](config)
         # assigned: no second copy of the weights
-        lean(transformer).load_state_dict(_full(load(message.pop("state"))), assign=True)
+        weights = registry.misc.get("panx_xlmr.FullWeights.v1")(load(message.pop("state")))
+        lean(transformer).load_state_dict(weights, assign=True)
         self._model, self.reduced = transformer.to(get_torch_default_device()).eval(), None
         prepare_tokenizer(tokenizer)
         self._hfmodel = HFObjects(tokenizer, transformer, vocab_file_contents, SimpleFrozenDict(), SimpleFrozenDict())
@@ -221,9 +227,8 @@ class TransformerShim(HFShim):
             if self.precision == "int8":
                 if device.type != "cpu":
                     raise ValueError(f"Precision int8 is for the CPU, but the pipeline is on {device}; use bfloat16.")
-                int8_linear = registry.misc.get("panx_xlmr.Int8Linear.v1")  # scripts/pipeline/linear.py
-                layers = [module for module in self._model.modules() if isinstance(module, torch.nn.Linear)]
-                others |= {id(layer): int8_linear(layer) for layer in layers}
+                sample = torch.tensor([self._hfmodel.tokenizer.backend_tokenizer.encode(SAMPLE).ids])
+                others |= registry.misc.get("panx_xlmr.Int8Layers.v1")(self._model, table(sample))
             # assigned when complete, since other threads may predict meanwhile
             reduced = copy.deepcopy(self._model, others).eval()
             self.reduced = reduced.to(torch.bfloat16) if self.precision == "bfloat16" else reduced
@@ -269,53 +274,6 @@ def _copied(arrays: Sequence[numpy.ndarray], device: torch.device) -> list[torch
     flat = torch.from_numpy(numpy.concatenate([array.ravel() for array in arrays])).to(device)
     parts = flat.split([array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
-
-
-def row_scales(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the quantization step of each row of a matrix, shape (rows, 1), for 8-bit integers.
-
-    A step has 16 significant bits, so that its product with an 8-bit integer is exact in float32.
-    """
-    steps = (matrix.abs().amax(dim=1, keepdim=True) / 127).contiguous()
-    rounded_up = ((steps.view(torch.int32) + 0xFF) & ~0xFF).view(torch.float32)
-    return torch.where(rounded_up > 0, rounded_up, 1.0)
-
-
-def _shortest(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Store weights losslessly in the smallest of int8 with a scale per row (matrices), float16 and float32."""
-    short = {}
-    for name, tensor in weights.items():
-        tensor = tensor.detach().cpu().contiguous()
-        short[name] = tensor
-        if tensor.dtype != torch.float32:
-            continue
-        if tensor.dim() == 2 and (rows := _in_8_bits(tensor)):
-            short |= {name: rows[0], f"{name}.scales": rows[1]}
-        elif torch.equal((half := tensor.half()).float(), tensor):
-            short[name] = half
-    return short
-
-
-def _in_8_bits(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return the matrix as int8 and scales of shape (rows, 1), or None if that would lose anything."""
-    for part in (matrix[:8], matrix):  # a few rows decide quickly that a checkpoint does not fit
-        scales = row_scales(part)
-        rows = (part / scales).round()
-        if not torch.equal(rows * scales, part):
-            return None
-    return rows.to(torch.int8), scales
-
-
-def _full(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the weights that `_shortest` stored, in float32. Empties `weights` to save memory."""
-    scales = {name: weights.pop(name) for name in list(weights) if name.endswith(".scales")}
-    full = {}
-    while weights:
-        name, tensor = weights.popitem()
-        full[name] = tensor.float()
-        if f"{name}.scales" in scales:
-            full[name] *= scales[f"{name}.scales"]
-    return full
 
 
 class PanxTransformerModel(TransformerModel):

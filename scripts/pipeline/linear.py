@@ -12,6 +12,9 @@ from spacy import registry
 HAS_ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 USE_ONEDNN = HAS_ONEDNN and "AVX512" in torch.backends.cpu.get_cpu_capability()
 
+# Steps from 0 to the largest input in int8. Without VNNI, processors add two products in 16 bits, which 8 bits exceed.
+LEVELS = 127 if torch.cpu._is_vnni_supported() else 63
+
 
 class _OneDnnLinear(torch.autograd.Function):
     """Compute x Wᵀ + b and its gradients with oneDNN."""
@@ -51,17 +54,21 @@ class Linear(torch.nn.Linear):
 
 
 class Int8Linear(torch.nn.Module):
-    """A linear layer with 8-bit weights, one scale per row, that rounds each row of its input to 7 bits (FBGEMM).
+    """A linear layer that multiplies 8-bit integers (FBGEMM).
 
-    Each input row has its own scale, so that a text's vectors do not depend on the rest of its batch. Seven bits,
-    because processors without VNNI add products in 16 bits, which two products of 8 bits exceed.
+    Each row of the weights has its own scale, and so has each row of the input, so that a text's vectors do not depend
+    on the rest of its batch. A few input channels are much larger than the others: each channel is divided by a factor
+    that its weights are multiplied by (SmoothQuant, Xiao et al. 2023, with alpha 0.5).
     """
 
-    def __init__(self, linear: torch.nn.Linear) -> None:
+    def __init__(self, linear: torch.nn.Linear, largest: torch.Tensor) -> None:
+        """Make an 8-bit copy of a layer. largest: the largest absolute value of each input channel, shape (in,)."""
         super().__init__()
         weight = linear.weight.detach()
+        smooth = (largest.clamp_min(1e-5) / weight.abs().amax(dim=0).clamp_min(1e-5)).sqrt()
+        self.inverse, self.bias = 1 / smooth, None if linear.bias is None else linear.bias.detach()
+        weight = weight * smooth
         scales = (weight.abs().amax(dim=1) / 127).clamp_min(1e-12).double()
-        self.bias = None if linear.bias is None else linear.bias.detach()
         engine = torch.backends.quantized.engine
         with warnings.catch_warnings():
             # deprecated in favour of a package whose layer needs a C++ compiler on CPUs
@@ -74,8 +81,10 @@ class Int8Linear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x of shape (…, in) to shape (…, out)."""
+        x = x * self.inverse
         largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)
-        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x / largest, 1 / 63, 64, self.packed)
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        y = multiply(x / largest, 1 / LEVELS, LEVELS + 1, self.packed)
         return y * largest if self.bias is None else torch.addcmul(self.bias, y, largest)
 
 
@@ -88,10 +97,24 @@ def faster_linear(transformer: torch.nn.Module) -> None:
                 module.__class__ = Linear  # parameters and names stay the same
 
 
-@registry.misc("panx_xlmr.Int8Linear.v1")
-def int8_linear(linear: torch.nn.Linear) -> torch.nn.Module:
-    """Return an 8-bit copy of a linear layer."""
-    return Int8Linear(linear)
+@registry.misc("panx_xlmr.Int8Layers.v1")
+def int8_layers(transformer: torch.nn.Module, embeddings: torch.Tensor) -> dict[int, Int8Linear]:
+    """Return an 8-bit copy of each linear layer of a transformer, by the layer's id.
+
+    embeddings: those of a sample text, shape (1, pieces, width), which shows the size of each layer's input channels.
+    """
+    layers = [module for module in transformer.modules() if isinstance(module, torch.nn.Linear)]
+    largest: dict[int, torch.Tensor] = {}
+
+    def look(layer: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        largest[id(layer)] = inputs[0].abs().flatten(0, -2).amax(dim=0)
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    with torch.no_grad():
+        transformer(inputs_embeds=embeddings)
+    for hook in hooks:
+        hook.remove()
+    return {id(layer): Int8Linear(layer, largest[id(layer)]) for layer in layers}
 
 
 @registry.misc("panx_xlmr.HasBFloat16.v1")
