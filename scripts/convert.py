@@ -149,6 +149,15 @@ def shared_sentences(splits: dict[str, Sequence[Doc]]) -> dict[str, int]:
     return {f"{b} also in {a}": sum(doc.text in known[a] for doc in splits[b]) for a, b in pairs}
 
 
+def without_leaks(sentences: Sequence[Sentence], data: Path, lang: str) -> list[Sentence]:
+    """Return the sentences whose words are not those of a validation or test sentence of the data.
+
+    PAN-X of other languages has some of these: titles that are the same in several languages.
+    """
+    held_out = {s.words for split in SPLITS if split != "train" for s in read_tsv(split_path(data, split, lang))}
+    return [sentence for sentence in sentences if sentence.words not in held_out]
+
+
 def convert(
     data: Path,
     output: Path,
@@ -164,9 +173,9 @@ def convert(
     """Write train.spacy, dev.spacy, test.spacy and stats.json into `output`; return the stats.
 
     sizes: sentences per split, selected as the model card selected them, 0 for all. extra_train: a folder of TSV files;
-    up to `extra_train_size` sentences of each (0: as many as for training) are added to the training split. running:
-    the folder of the running corpus; its training part is added `running_times` times, its other parts go to
-    running-dev.spacy and running-test.spacy.
+    up to `extra_train_size` sentences of each (0: as many as for training) are added to the training split, without
+    those that leak (`without_leaks`). running: the folder of the running corpus; its training part is added
+    `running_times` times, its other parts go to running-dev.spacy and running-test.spacy.
     Nothing is written unless everything can be. Raises UserError for what read_tsv, subset and running.load refuse.
     """
     nlp = spacy.blank(lang, config={"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v2"}}})
@@ -177,7 +186,7 @@ def convert(
         sentences = subset(read_tsv(path), sizes[split], f"{path} ({split})")
         if split == "train":
             for extra in sorted(extra_train.glob("*.tsv")) if extra_train else []:
-                more = read_tsv(extra)
+                more = without_leaks(read_tsv(extra), data, lang)
                 sentences += subset(more, min(extra_train_size or sizes["train"], len(more)), str(extra))
             to_doc = partial(make_training_doc, nlp)
         else:

@@ -78,6 +78,15 @@ def test_further_training_sentences_are_added_to_the_training_split_only(data, t
         assert convert(data, tmp_path, "it", tiny_encoder, ALL, **settings)["train"]["sentences"] == expected
 
 
+def test_a_further_training_sentence_with_the_words_of_a_test_sentence_is_left_out(data, tmp_path, tiny_encoder):
+    extra = tmp_path / "extra"
+    extra.mkdir()
+    leak = "Anna\tO\nNeri\tO\n(\tO\nBari\tO\n)\tO\n"  # whatever its tags
+    (extra / "PAN-X.es.tsv").write_text(f"{leak}\nuno\tO\n", encoding="utf8")
+    convert(data, tmp_path, "it", tiny_encoder, ALL, extra_train=extra)
+    assert [doc.text for doc in read_docs(tmp_path / "train.spacy")] == ["Anna Neri (Bari)", "uno"]
+
+
 def test_another_language_is_converted_by_its_own_rules(data, tmp_path, tiny_encoder):
     for split in SPLITS:
         (data / f"{split}.tsv").rename(data / f"{split}-es.tsv")
