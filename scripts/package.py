@@ -175,8 +175,11 @@ def main(
             raw_text=raw_text,
             running=times > 0,
         )
-        config = load_config(model / "config.cfg").interpolate()
         training = list(srsly.read_jsonl(metrics / "training.jsonl"))
+        settings = hyperparameters(load_config("training/config.cfg").interpolate(), training[-1]["epoch"])
+        if texts := stats["refine"]["sentences"]:
+            rate = load_config(model / "config.cfg")["training"]["optimizer"]["learn_rate"]["initial_rate"]
+            settings.append(("then", f"one pass over {texts} texts from learning rate {rate:g}"))
         meta = srsly.read_json(model / "meta.json") | own
         card = model_card(
             Path("configs/model_card.md").read_text(encoding="utf8"),
@@ -188,7 +191,7 @@ def main(
             training=training,
             stats=stats,
             temperature=srsly.read_json(model / "ner" / "cfg").get("temperature", 1.0),
-            hyperparameters=hyperparameters(config, training[-1]["epoch"]),
+            hyperparameters=settings,
             slim=slim,
             panx=origin["data"]["config"].startswith("PAN-X"),
         )

@@ -4,10 +4,13 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy
 
 from scripts.common import UserError
+
+Item = TypeVar("Item")
 
 SPLITS = ("train", "validation", "test")
 ENTITY_LABELS = ("LOC", "ORG", "PER")
@@ -99,7 +102,7 @@ def digest(sentences: Sequence[Sentence]) -> str:
     return hashlib.sha256(to_tsv(sentences)).hexdigest()
 
 
-def subset(sentences: Sequence[Sentence], size: int, name: str) -> list[Sentence]:
+def subset(sentences: Sequence[Item], size: int, name: str) -> list[Item]:
     """Return the sentences that the model card's `shuffle(seed=0).select(range(size))` selects; all, in order, for 0.
 
     datasets.Dataset.shuffle(seed) permutes with `numpy.random.default_rng(seed)`. Raises UserError, naming the split

@@ -17,9 +17,10 @@ from workflow import copy_sources, project_run
 
 
 def test_every_output_of_every_step_is_there(project):
-    commands = srsly.read_yaml(project / "project.yml")["commands"]
+    config = srsly.read_yaml(project / "project.yml")
+    commands = [command for command in config["commands"] if command["name"] in config["workflows"]["all"]]
     wheel = project / "packages" / "it_panx_xlmr-2.0.0" / "dist" / "it_panx_xlmr-2.0.0-py3-none-any.whl"
-    outputs = [o for c in commands if c["name"] != "build-encoder" for o in c.get("outputs", []) if "$" not in o]
+    outputs = [o for c in commands for o in c.get("outputs", []) if "$" not in o]
     assert wheel.is_file()
     assert [o for o in outputs if not (project / o).exists()] == []
 
@@ -67,6 +68,17 @@ def test_another_language_makes_another_package(project, variables, tmp_path):
     config = load_project_config(tmp_path, overrides={"vars.lang": "es"})
     outputs = [output for command in config["commands"] for output in command.get("outputs", [])]
     assert "packages/es_panx_xlmr-2.0.0/dist/es_panx_xlmr-2.0.0-py3-none-any.whl" in outputs
+
+
+def test_full_goes_on_from_the_first_training_with_the_running_corpus(project, variables, tmp_path):
+    copy_sources(project, tmp_path, "corpus", "data")
+    for command in ("download", "convert-full", "configure-full", "train-full"):
+        project_run(tmp_path, command, variables | {"refine_size": 5, "refine_learning_rate": 1e-9})
+    (refined,) = srsly.read_jsonl(tmp_path / "metrics" / "refine.jsonl")
+    *_, first = srsly.read_jsonl(tmp_path / "metrics" / "training.jsonl")
+    assert refined["step"] == 7  # five sentences of PAN-X and twice 16 of the running corpus, in batches of 6
+    assert refined["validation_loss"] == pytest.approx(first["validation_loss"], rel=1e-3)
+    assert [ent.text for ent in spacy.load(tmp_path / "training" / "model-last")("Vive a Bari.").ents] == ["Bari"]
 
 
 def test_running_again_skips_what_is_done(project, variables, capfd):
