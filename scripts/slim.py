@@ -38,13 +38,13 @@ MIN_SHARE = 0.05  # a script belongs to the language if at least this share of t
 
 
 def frequent_words(lang: str) -> list[str]:
-    """Return the language's most frequent words, lowercase and capitalized; none if wordfreq lacks the language."""
+    """Return the language's most frequent words in lower, title and upper case; none if wordfreq lacks the language."""
     try:
         words = wordfreq.top_n_list(lang, WORDS)
     except LookupError:
         msg.warn(f"wordfreq has no words for {lang!r}; wordpieces are chosen by the training sentences alone.")
         return []
-    return [*words, *(word.capitalize() for word in words)]
+    return [form for word in words for form in (word, word.capitalize(), word.upper())]
 
 
 def letters_by_script(text: str) -> Counter[str]:
@@ -57,13 +57,14 @@ def needed_ids(
 ) -> list[int]:
     """Return the sorted ids of the wordpieces to keep.
 
-    These are the special tokens, all of a single character, and all of the sentences and words. If they are fewer than
-    `pieces`, the most probable ones in the sentences' scripts are added.
+    These are the special tokens, all of a single character, and all of the sentences, as they are and in upper case,
+    and of the words. If they are fewer than `pieces`, the most probable ones in the sentences' scripts are added.
     """
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])  # the most probable first
     kept = {*tokenizer.all_special_ids, tokenizer.unk_token_id} - {None}
     kept |= {number for piece, number in vocabulary if len(piece) == 1}
-    for encoding in tokenizer.backend_tokenizer.encode_batch([*sentences, *words], add_special_tokens=False):
+    texts = [*sentences, *(sentence.upper() for sentence in sentences), *words]
+    for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
         kept.update(encoding.ids)
     letters = letters_by_script("".join(sentences))
     own = {script for script, count in letters.items() if count >= MIN_SHARE * letters.total()}

@@ -113,6 +113,12 @@ def test_further_wordpieces_are_the_most_probable_in_the_sentences_script():
     assert tokenizer.convert_ids_to_tokens(kept) == ["<unk>", "mare", "sole", "12", "è"]
 
 
+def test_wordpieces_of_sentences_in_capitals_are_kept():
+    model = models.Unigram([("<unk>", 0.0), ("mare", -1.0), ("sole", -2.0), ("MARE", -3.0)], unk_id=0)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token="<unk>")
+    assert tokenizer.convert_ids_to_tokens(slim_script.needed_ids(tokenizer, ["mare"], [], 1))[1:] == ["mare", "MARE"]
+
+
 def test_special_tokens_keep_their_meaning_wherever_they_are_in_the_vocabulary():
     tokenizer = Tokenizer(models.Unigram([("b", -1.0), ("<unk>", 0.0), ("a", -1.0), ("<s>", 0.0)], unk_id=1))
     tokenizer.add_special_tokens(["<s>"])
@@ -164,7 +170,7 @@ def test_wordpieces_of_sentences_that_were_not_trained_on_are_kept_too(tmp_path)
     assert texts == ["dell' Etna", "Bari", "Anna"]
 
 
-def test_the_most_frequent_words_come_lowercase_and_capitalized_and_an_unknown_language_has_none(capsys):
-    assert {"che", "Che"} <= set(slim_script.frequent_words("it"))
+def test_the_most_frequent_words_come_in_three_cases_and_an_unknown_language_has_none(capsys):
+    assert {"che", "Che", "CHE"} <= set(slim_script.frequent_words("it"))
     assert slim_script.frequent_words("xx") == []
     assert "xx" in capsys.readouterr().out
