@@ -178,7 +178,7 @@ def convert(
     up to `extra_train_size` sentences of each (0: as many as for training) are added to the training split, without
     those that leak (`without_leaks`). running: the folder of the running corpus; its training part is added
     `running_times` times, its other parts go to running-dev.spacy and running-test.spacy. refine_size: if above 0,
-    refine.spacy gets up to so many of the training sentences, and as much of the running corpus as train.spacy.
+    refine.spacy gets at most this number of training sentences, and the same running text as train.spacy.
     Nothing is written unless everything can be. Raises UserError for what read_tsv, subset and running.load refuse.
     """
     nlp = spacy.blank(lang, config={"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v2"}}})
@@ -198,15 +198,17 @@ def convert(
         stats[split] = split_stats(splits[split], repairs, wordpieces)
     stats["shared"] = shared_sentences(splits)
     files = {FILE_NAMES[split]: docs for split, docs in splits.items()}
-    if refine_size:
-        files[REFINE_NAME] = subset(splits["train"], min(refine_size, len(splits["train"])), REFINE_NAME)
+    running_train = []
     if running:
         parts = {split: make_docs(nlp, documents) for split, documents in load(running).items()}
         stats["running"] = {split: split_stats(docs, Counter(), wordpieces) for split, docs in parts.items()}
         stats["running"]["times"] = running_times
-        for name in {FILE_NAMES["train"], REFINE_NAME} & set(files):
-            files[name] = files[name] + parts["train"] * running_times
+        running_train = parts["train"] * running_times
+        files[FILE_NAMES["train"]] = splits["train"] + running_train
         files |= {name: parts[split] for split, name in RUNNING_NAMES.items()}
+    if refine_size:
+        part = subset(splits["train"], min(refine_size, len(splits["train"])), REFINE_NAME)
+        files[REFINE_NAME] = part + running_train
     stats["refine"] = {"sentences": len(files.get(REFINE_NAME, []))}
     for name in {*FILE_NAMES.values(), *RUNNING_NAMES.values(), REFINE_NAME} - set(files):
         (output / name).unlink(missing_ok=True)

@@ -14,7 +14,7 @@ WIDTH = 8
 
 
 def lookup_vectors():
-    """Stands in for the transformer's listener: each distinct word has a vector of its own."""
+    """Stands in for the transformer's listener: each distinct word has its own vector."""
 
     def vectors(doc):
         rows = [numpy.random.default_rng(zlib.crc32(t.text.encode())).normal(size=WIDTH) for t in doc]

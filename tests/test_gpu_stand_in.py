@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def results(tiny_encoder, tmp_path_factory):
-    """What tests/gpu_stand_in/__main__.py saw; in a process of its own, because it changes PyTorch."""
+    """Return what tests/gpu_stand_in/__main__.py saw. It runs in a new process because it changes PyTorch."""
     folder = tmp_path_factory.mktemp("stand-in")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     command = [sys.executable, "-m", "gpu_stand_in", str(tiny_encoder), str(folder)]

@@ -16,7 +16,7 @@ SENTENCES = (FOLDER / "sentences.txt").read_text(encoding="utf8").splitlines()
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs the command with a pipeline that knows the given names, in a folder of its own."""
+    """Run the command in a new folder, with a pipeline that knows the given names."""
     (tmp_path / "sentences.txt").write_text("Bari e Roma.\nAnna è a Bari.\n", encoding="utf8")
 
     def call(names, *options):

@@ -19,7 +19,7 @@ from workflow import contents, copy_sources, project_run
 
 
 class Run:
-    """`spacy project run NAME` of a project, in a process group of its own."""
+    """Run `spacy project run NAME` of a project in a new process group."""
 
     def __init__(self, project, name, variables, *further):
         words = [word for key, value in variables.items() for word in (f"--vars.{key}", str(value))]

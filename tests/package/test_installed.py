@@ -1,5 +1,6 @@
-"""What an app may expect of the installed package, which has learnt a few sentences by heart: a fresh venv with the
-wheel and what it declares, offline, in a folder of its own.
+"""What an app may expect of the installed package, which has learnt a few sentences by heart.
+
+It runs offline, in a fresh venv with the wheel and its requirements only, and in a new folder.
 """
 
 import json
