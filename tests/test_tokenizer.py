@@ -38,7 +38,7 @@ def tokens(doc):
         ("l'«Eni» e dell’“Ansa”", "l' « Eni » e dell’ “ Ansa ”"),
         ("Roma…e Milano(MI) e Roma😀", "Roma … e Milano ( MI ) e Roma 😀"),
         ("dell'Italia, L'Aquila, D'Annunzio", "dell' Italia , L' Aquila , D' Annunzio"),
-        ("Serie B. Cefalu\u0300. Poi", "Serie B . Cefalu\u0300 . Poi"),
+        ("Serie B. SpaceX. Cefalu\u0300. Poi", "Serie B . SpaceX . Cefalu\u0300 . Poi"),
         ("\ufeffBari\u200b e Bari", "\ufeff Bari \u200b e Bari"),
         ("3.500,20 alle 12:30, H&M e C++", "3.500,20 alle 12:30 , H&M e C++"),
         ("•Bari |Roma| /Po/ \\Eni \uf0b7Rai \x01Ansa", "• Bari | Roma | / Po / \\ Eni \uf0b7 Rai \x01 Ansa"),

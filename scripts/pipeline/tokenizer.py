@@ -114,8 +114,9 @@ def linear_tokenizer() -> Callable[[Language], Tokenizer]:
         joint = "[-\u2010\u2011/]+"
         # a period after a missing space (`casa .Bari`) goes, but not that of `.it`
         prefixes = [*wholes, *prefixes, sign, f"{joint}(?=[^\\W\\d])", f"\\.(?=[{ALPHA_UPPER}])"]
-        # the period of a single letter (`Serie B.`) and after a combining accent (`Cefalu\u0300.`)
-        suffixes += [*wholes, sign, f"(?<=\\w){joint}", r"(?<=^\w)\.", f"(?<=[\u0300-\u036f])\\.|(?<={sign})\\."]
+        # the period of a letter (`Serie B.`), of a word (`SpaceX.`), after a combining accent (`Cefalu\u0300.`) or sign
+        period = f"(?:(?<=^\\w)|(?<=\\w\\w)|(?<=[\u0300-\u036f])|(?<={sign}))\\."
+        suffixes += [*wholes, sign, f"(?<=\\w){joint}", period]
         signs = ["(?<!:)[-\u2010\u2011/]{2,}", "(?<=['’])[_#@&]+", r"(?<=\w)\+(?=[^\W\d])", sign]
         infixes = [*wholes, "'{2,}", *infixes, *signs]
         return LinearTokenizer(
