@@ -133,6 +133,7 @@ class TransformerShim(HFShim):
         message = srsly.msgpack_loads(bytes_data)
         if not message["config"]:
             return super().from_bytes(bytes_data)
+        del bytes_data  # frees a copy of the weights, if the caller keeps none
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             srsly.write_json(folder / "config.json", message["config"])
@@ -298,6 +299,15 @@ class PanxTransformerModel(TransformerModel):
         self.attrs["replace_listener_cfg"] = _own_encoder_config
         self._func = forward
         self.init = _initialize
+
+    def from_bytes(self, bytes_data: bytes) -> "PanxTransformerModel":
+        """Load what `to_bytes` returned. Unlike thinc's, it keeps no second and third copy of the weights meanwhile."""
+        message = srsly.msgpack_loads(bytes_data)
+        del bytes_data
+        stored = [shims.pop() for shims in message["shims"] if shims]
+        self.from_dict(message)
+        self.layers[0].shims[0].from_bytes(stored.pop())
+        return self
 
     def copy(self) -> "PanxTransformerModel":
         """Return a copy that shares no weights."""
