@@ -11,7 +11,8 @@ word by its first wordpiece. The `ner` has random weights, which cost the same a
 The first line names the processor and its instructions. On a processor with AVX-512 all is measured a second time with
 PyTorch and oneDNN limited to AVX2, as on most desktops. FBGEMM (int8) cannot be limited.
 
-With --data and --encoder, training is compared with the card's recipe (benchmarks/recipe.py). --plot draws how the cost
+The last table compares ways to use several cores: threads, `nlp.pipe(n_process=2)` and two processes of their own. With
+--data and --encoder, training is compared with the card's recipe (benchmarks/recipe.py). --plot draws how the cost
 grows with the length of a text and with the size of a batch.
 """
 
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +48,8 @@ EXACT = "this pipeline, float32"
 PLAIN = "this pipeline, PyTorch's own linear layers"
 HUGGING_FACE = "transformers.pipeline"
 STOCK = "spacy-transformers + ner"
+# threads of a process, n_process of `nlp.pipe`, and processes of their own that share the texts
+WAYS = {"one thread": (1, 1, 1), "two threads": (2, 1, 1), "n_process=2": (1, 2, 1), "two processes": (1, 1, 2)}
 BATCH_SIZES = (1, 8, 16, 32, 64, 128)
 LENGTHS = (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 # limits the kernels of a child process to AVX2
@@ -59,11 +63,11 @@ Entities = list[tuple[int, int, str]]
 Annotate = Callable[[Sequence[str]], Iterator[Entities]]
 
 
-def entities(nlp: Language) -> Annotate:
+def entities(nlp: Language, n_process: int = 1) -> Annotate:
     """Return the function that streams texts through a pipeline, or calls it with a single text."""
 
     def annotate(texts: Sequence[str]) -> Iterator[Entities]:
-        for doc in nlp.pipe(texts) if len(texts) > 1 else map(nlp, texts):
+        for doc in nlp.pipe(texts, n_process=n_process) if len(texts) > 1 else map(nlp, texts):
             yield [(ent.start_char, ent.end_char, ent.label_) for ent in doc.ents]
 
     return annotate
@@ -145,7 +149,7 @@ def make(name: str, model: Path, folder: Path, gpu_id: int) -> Annotate:
         for module in nlp.get_pipe("transformer").model.transformer.modules():
             if type(module) is linear.Linear:
                 module.__class__ = module.__class__.__base__
-    return entities(nlp)
+    return entities(nlp, WAYS.get(name, (1, 1))[1])
 
 
 def work(name: str, model: Path, folder: Path, gpu_id: int) -> None:
@@ -298,6 +302,30 @@ def best_batch_size(model: Path, folder: Path, texts: Sequence[str], threads: in
     return min(seconds, key=seconds.get)
 
 
+def compare_ways(model: Path, folder: Path, texts: Sequence[str], rounds: int) -> None:
+    """Print words/s of the pipeline with one and two cores."""
+    words = sum(len(text.split()) for text in texts)
+    systems = {
+        name: [System(name, model, folder, threads) for _ in range(processes)]
+        for name, (threads, _, processes) in WAYS.items()
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in WAYS}
+    with ThreadPoolExecutor() as pool:
+        for turn in range(rounds + 1):
+            for name, some in systems.items():
+                start = time.perf_counter()
+                list(pool.map(System.ask, some, [texts[i :: len(some)] for i in range(len(some))]))
+                if turn:  # the first one warms up
+                    speeds[name].append(words / (time.perf_counter() - start))
+    rows = []
+    for name, some in systems.items():
+        ratio = statistics.median(speeds[name]) / statistics.median(speeds["one thread"])
+        rows.append([name, spread(speeds[name]), f"{ratio:.2f}"])
+        for system in some:
+            system.close()
+    print("\n" + markdown((f"{os.cpu_count()} cores", "words/s", "ratio"), rows), flush=True)
+
+
 def plot(names: Sequence[str], model: Path, folder: Path, texts: Sequence[str], threads: int, path: Path) -> None:
     """Plot words/s against the words of a text, and against the number of texts."""
     figure, (by_length, by_batch) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
@@ -384,6 +412,7 @@ def main(
         batched = best_batch_size(model, Path(name), texts[:count], threads)
         names = [*OURS, PLAIN, batched, STOCK, *(f"package {p}" for p in package)]
         compare(names, model, Path(name), texts, gold, count, rounds, threads)
+        compare_ways(model, Path(name), texts[: 5 * count], rounds)
         if plot_file:
             plot([EXACT, "this pipeline, int8", batched], model, Path(name), texts[:count], threads, plot_file)
     if data and encoder:
