@@ -99,11 +99,14 @@ def main(
     first: Annotated[int, typer.Option(help="Score the first N sentences of each file; 0 for all", min=0)] = 0,
     last: Annotated[int, typer.Option(help="Score the last N sentences of each file; 0 for all", min=0)] = 0,
     errors: Annotated[int, typer.Option(help="Print the N most frequent errors of each file", min=0)] = 0,
+    threshold: Annotated[float | None, typer.Option(help="Leave out less probable entities; else as packaged")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for all scores")] = None,
 ) -> None:
     """Score a pipeline on running text with gold entities."""
     with one_sentence():
         nlp, places = load_pipeline(model), mostly_places()
+        if threshold is not None:
+            nlp.get_pipe("ner").threshold = threshold
         scores: dict[str, dict[str, Any]] = {}
         for path in files:
             sentences = read_tsv(path)

@@ -42,6 +42,13 @@ def test_the_entities_stay_the_same(nlp, gold):
     assert [(e.text, e.label_) for e in nlp(Doc(nlp.vocab, words=WORDS)).ents] == before
 
 
+def test_the_threshold_neither_changes_the_temperature_nor_is_changed(nlp, gold):
+    temperature, _, after = find_temperature(nlp, gold)
+    nlp.get_pipe("ner").threshold = 0.9
+    assert find_temperature(nlp, gold)[::2] == (temperature, after)
+    assert nlp.get_pipe("ner").threshold == 0.9
+
+
 def test_a_pipeline_that_finds_nothing_is_refused(nlp):
     trained(nlp)
     with pytest.raises(UserError, match="finds no entity"):

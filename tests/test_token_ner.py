@@ -213,6 +213,18 @@ def test_entities_have_a_score_and_other_spans_have_none(nlp):
     assert [ent._.panx_score for ent in again.ents] == [ent._.panx_score for ent in doc.ents]
 
 
+def test_entities_less_probable_than_the_threshold_are_left_out(nlp, tmp_path):
+    trained(nlp)
+    nlp.to_disk(tmp_path)
+    words = ["Anna", "Neri", "vive", "a", "Bari"]
+    scores = {ent.text: ent._.panx_score for ent in nlp(Doc(nlp.vocab, words=words)).ents}
+    likely = max(scores, key=scores.get)
+    loaded = spacy.load(tmp_path, config={"components.ner.threshold": scores[likely]})
+    assert [ent.text for ent in loaded(Doc(loaded.vocab, words=words)).ents] == [likely]
+    with pytest.raises(ValueError, match="threshold of the pipe 'ner' is 90, expected a probability"):
+        spacy.load(tmp_path, config={"components.ner.threshold": 90})
+
+
 def test_learns_and_sets_entities(nlp):
     trained(nlp)
     doc = nlp(Doc(nlp.vocab, words=["Anna", "Neri", "vive", "a", "La", "Spezia"]))
