@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import spacy
 import srsly
 import typer
 from spacy.language import Language
@@ -21,7 +22,6 @@ from spacy.tokens import Doc, Span
 from scripts.common import one_sentence
 from scripts.evaluate import Entity, entities_of, score_running_text
 from scripts.panx import Sentence, guess_spaces, read_tsv
-from scripts.pipeline import load_pipeline
 from scripts.running import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,13 +100,14 @@ def main(
     last: Annotated[int, typer.Option(help="Score the last N sentences of each file; 0 for all", min=0)] = 0,
     errors: Annotated[int, typer.Option(help="Print the N most frequent errors of each file", min=0)] = 0,
     threshold: Annotated[float | None, typer.Option(help="Leave out less probable entities; else as packaged")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or int8; else as packaged")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for all scores")] = None,
 ) -> None:
     """Score a pipeline on running text with gold entities."""
     with one_sentence():
-        nlp, places = load_pipeline(model), mostly_places()
-        if threshold is not None:
-            nlp.get_pipe("ner").threshold = threshold
+        given = {"ner.threshold": threshold, "transformer.model.precision": precision}
+        config = {f"components.{key}": value for key, value in given.items() if value is not None}
+        nlp, places = spacy.load(model, config=config), mostly_places()
         scores: dict[str, dict[str, Any]] = {}
         for path in files:
             sentences = read_tsv(path)
