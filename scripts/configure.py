@@ -26,12 +26,10 @@ def configure(
     seed: int,
     letter_case: float,
     gpu_id: int,
-    source: Path | None = None,
 ) -> Config:
     """Return the training config for a number of training sentences, with every default filled in.
 
-    source: the folder of a pipeline whose weights the training starts from, instead of the encoder's. Raises UserError
-    for a hyperparameter out of range.
+    Raises UserError for a hyperparameter out of range.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("epochs", epochs, 1), ("seed", seed, 0)):
         if value < least:
@@ -57,10 +55,7 @@ def configure(
     if gpu_id >= 0:
         config["system"]["gpu_allocator"] = "pytorch"
         config["components"]["transformer"]["model"]["mixed_precision"] = True
-    config = load_model_from_config(config, auto_fill=True).config
-    if source:
-        config["components"] |= {name: {"source": str(source)} for name in ("transformer", "ner")}
-    return config
+    return load_model_from_config(config, auto_fill=True).config
 
 
 def count_docs(path: Path) -> int:
@@ -85,7 +80,6 @@ def main(
     train: Annotated[Path, typer.Option(help="Training sentences, counted for the number of steps")] = Path(
         "corpus/train.spacy"
     ),
-    source: Annotated[Path | None, typer.Option(help="Pipeline whose weights the training starts from")] = None,
     encoder: Annotated[Path, typer.Option(help="Folder of the encoder")] = Path("assets/encoder"),
 ) -> None:
     """Write the full training config from the template and the project's hyperparameters."""
@@ -102,9 +96,7 @@ def main(
             seed=seed,
             letter_case=letter_case,
             gpu_id=gpu_id,
-            source=source,
         )
-        config["paths"]["train"] = train.as_posix()
         with replacing(output) as path:
             config.to_disk(path)
         steps = config["training"]["max_steps"]

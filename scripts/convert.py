@@ -29,7 +29,6 @@ from scripts.running import LANG, load, make_docs
 
 FILE_NAMES = {"train": "train.spacy", "validation": "dev.spacy", "test": "test.spacy"}
 RUNNING_NAMES = {"validation": "running-dev.spacy", "test": "running-test.spacy"}
-REFINE_NAME = "refine.spacy"
 
 
 def repair(sentence: Sentence) -> tuple[Sentence, Counter[str]]:
@@ -170,15 +169,13 @@ def convert(
     extra_train_size: int = 0,
     running: Path | None = None,
     running_times: int = 0,
-    refine_size: int = 0,
 ) -> dict[str, Any]:
     """Write train.spacy, dev.spacy, test.spacy and stats.json into `output`; return the stats.
 
     sizes: sentences per split, selected as the model card selected them, 0 for all. extra_train: a folder of TSV files;
     up to `extra_train_size` sentences of each (0: as many as for training) are added to the training split, without
     those that leak (`without_leaks`). running: the folder of the running corpus; its training part is added
-    `running_times` times, its other parts go to running-dev.spacy and running-test.spacy. refine_size: if above 0,
-    refine.spacy gets at most this number of training sentences, and the same running text as train.spacy.
+    `running_times` times, its other parts go to running-dev.spacy and running-test.spacy.
     Nothing is written unless everything can be. Raises UserError for what read_tsv, subset and running.load refuse.
     """
     nlp = spacy.blank(lang, config={"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v2"}}})
@@ -198,19 +195,13 @@ def convert(
         stats[split] = split_stats(splits[split], repairs, wordpieces)
     stats["shared"] = shared_sentences(splits)
     files = {FILE_NAMES[split]: docs for split, docs in splits.items()}
-    running_train = []
     if running:
         parts = {split: make_docs(nlp, documents) for split, documents in load(running).items()}
         stats["running"] = {split: split_stats(docs, Counter(), wordpieces) for split, docs in parts.items()}
         stats["running"]["times"] = running_times
-        running_train = parts["train"] * running_times
-        files[FILE_NAMES["train"]] = splits["train"] + running_train
+        files[FILE_NAMES["train"]] = splits["train"] + parts["train"] * running_times
         files |= {name: parts[split] for split, name in RUNNING_NAMES.items()}
-    if refine_size:
-        part = subset(splits["train"], min(refine_size, len(splits["train"])), REFINE_NAME)
-        files[REFINE_NAME] = part + running_train
-    stats["refine"] = {"sentences": len(files.get(REFINE_NAME, []))}
-    for name in {*FILE_NAMES.values(), *RUNNING_NAMES.values(), REFINE_NAME} - set(files):
+    for name in {*FILE_NAMES.values(), *RUNNING_NAMES.values()} - set(files):
         (output / name).unlink(missing_ok=True)
     for name, docs in files.items():
         with replacing(output / name) as path:
@@ -234,7 +225,6 @@ def main(
     extra_train_size: Annotated[int, typer.Option(help="Sentences of each, 0 for as many as train_size", min=0)] = 0,
     running: Annotated[Path | None, typer.Option(help="Folder of the running corpus, used for Italian")] = None,
     running_times: Annotated[int, typer.Option(help="How often its training part is taken", min=0)] = 0,
-    refine_size: Annotated[int, typer.Option(help="PAN-X sentences of refine.spacy, 0 for no such file", min=0)] = 0,
 ) -> None:
     """Convert PAN-X and the running corpus to DocBin, and count what is in them."""
     with one_sentence():
@@ -250,7 +240,6 @@ def main(
             extra_train_size=extra_train_size,
             running=running,
             running_times=running_times,
-            refine_size=refine_size,
         )
         for split in SPLITS:
             row = stats[split]

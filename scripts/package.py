@@ -177,9 +177,6 @@ def main(
         )
         training = list(srsly.read_jsonl(metrics / "training.jsonl"))
         settings = hyperparameters(load_config("training/config.cfg").interpolate(), training[-1]["epoch"])
-        if texts := stats["refine"]["sentences"]:
-            rate = load_config(model / "config.cfg")["training"]["optimizer"]["learn_rate"]["initial_rate"]
-            settings.append(("then", f"one pass over {texts} texts from learning rate {rate:g}"))
         meta = srsly.read_json(model / "meta.json") | own
         card = model_card(
             Path("configs/model_card.md").read_text(encoding="utf8"),

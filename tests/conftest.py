@@ -103,7 +103,6 @@ TRAINED = {
     "head_learning_rate_scale": 2,
     "batch_size": 6,
     "epochs": 10,
-    "full_epochs": 10,
     "extra_train": "PAN-X.es",
     "slim_pieces": 400,
     **dict.fromkeys(("train_size", "dev_size", "test_size"), 0),

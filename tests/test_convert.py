@@ -149,19 +149,8 @@ def test_the_running_corpus_is_added_as_often_as_asked(data, tmp_path, tiny_enco
     (paragraph,) = read_docs(tmp_path / "running-test.spacy")
     assert len(paragraph.ents) == 6
     assert stats["running"]["train"]["sentences"] == 16
-    assert not (tmp_path / "refine.spacy").exists()
     convert(data, tmp_path, "it", tiny_encoder, ALL)
     assert not (tmp_path / "running-dev.spacy").exists()
-
-
-def test_refine_has_a_part_of_panx_and_as_much_of_the_running_corpus_as_train(data, tmp_path, tiny_encoder, running):
-    sentences = [Sentence((f"uno{i}",), ("O",)) for i in range(5)]
-    (data / "train.tsv").write_bytes(to_tsv(sentences))
-    stats = convert(data, tmp_path, "it", tiny_encoder, ALL, running=running, running_times=2, refine_size=3)
-    refine = [doc.text for doc in read_docs(tmp_path / "refine.spacy")]
-    train = [doc.text for doc in read_docs(tmp_path / "train.spacy")]
-    assert refine[3:] == train[5:] and len(set(refine[:3]) & set(train[:5])) == 3
-    assert stats["refine"] == {"sentences": 3 + 2 * 16}
 
 
 @pytest.mark.parametrize(

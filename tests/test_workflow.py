@@ -70,17 +70,14 @@ def test_another_language_makes_another_package(project, variables, tmp_path):
     assert "packages/es_panx_xlmr-2.0.0/dist/es_panx_xlmr-2.0.0-py3-none-any.whl" in outputs
 
 
-def test_full_trains_a_second_time_from_the_first_trainings_weights(project, variables, tmp_path):
+def test_full_trains_on_all_sentences_and_on_the_running_corpus(project, variables, tmp_path):
     copy_sources(project, tmp_path, "corpus", "data")
-    project_run(tmp_path, "full", variables | {"refine_size": 5, "refine_learning_rate": 1e-9})
-    assert load_config(tmp_path / "training" / "refine.cfg")["paths"]["train"] == "corpus/refine.spacy"
-    (refined,) = srsly.read_jsonl(tmp_path / "metrics" / "refine.jsonl")
-    *_, first = srsly.read_jsonl(tmp_path / "metrics" / "training.jsonl")
-    assert refined["step"] == 7  # five sentences of PAN-X and twice 16 of the running corpus, in batches of 6
-    assert refined["validation_loss"] == pytest.approx(first["validation_loss"], rel=1e-3)
+    project_run(tmp_path, "full", variables | {"full_epochs": 3, "train_size": 5})
+    *_, last = srsly.read_jsonl(tmp_path / "metrics" / "training.jsonl")
+    # 41 sentences, 2 Spanish ones and twice 16 of the running corpus, in batches of 6
+    assert (last["epoch"], last["step"]) == (3, 3 * 13)
     card = (tmp_path / "packages" / "it_panx_xlmr-2.0.0" / "README.md").read_text(encoding="utf8")
-    assert "| epochs | 10 |" in card
-    assert "| then | one pass over 37 texts from learning rate 1e-09 |" in card
+    assert "| epochs | 3 |" in card
 
 
 def test_running_again_skips_what_is_done(project, variables, capfd):
