@@ -188,6 +188,7 @@ def main(
             training=training,
             stats=stats,
             temperature=srsly.read_json(model / "ner" / "cfg").get("temperature", 1.0),
+            least=load_config(model / "config.cfg")["components"]["ner"]["threshold"],
             hyperparameters=settings,
             slim=slim,
             panx=origin["data"]["config"].startswith("PAN-X"),
