@@ -182,9 +182,9 @@ def processor() -> str:
     """Return the processor's name and the instructions that decide about the speed of matrix products."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    bfloat16 = "with" if linear.has_bfloat16() else "without"
+    bfloat16 = "faster" if linear.has_bfloat16() else "no faster"
     vnni = "with" if torch.cpu._is_vnni_supported() else "without"
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {bfloat16} bfloat16, {vnni} VNNI"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {bfloat16} in bfloat16, {vnni} VNNI"
 
 
 class System:

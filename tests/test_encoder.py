@@ -314,10 +314,10 @@ def test_in_8_bits_a_texts_vectors_do_not_depend_on_the_rest_of_its_batch(tiny_e
         assert together == pytest.approx(vectors(nlp, [text])[0], abs=1e-5)
 
 
-def test_without_instructions_for_bfloat16_a_warning_says_that_float32_is_used(tiny_encoder, tmp_path, monkeypatch):
+def test_where_bfloat16_is_not_faster_a_warning_says_that_float32_is_used(tiny_encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(encoder, "_has_bfloat16", lambda device: False)
     pipeline(tiny_encoder, precision="bfloat16").to_disk(tmp_path)
-    with pytest.warns(UserWarning, match="no bfloat16 instructions"):
+    with pytest.warns(UserWarning, match="not faster in bfloat16"):
         loaded = spacy.load(tmp_path)
     exact = spacy.load(tmp_path, config={"components.transformer.model.precision": "float32"})
     texts = ["Anna vive a Bari."]
@@ -350,3 +350,14 @@ def test_a_loaded_pipeline_takes_another_precision_from_its_config(nlp, tmp_path
     assert shim(loaded).precision == "int8"
     with pytest.raises(ConfigValidationError, match="precision"):
         spacy.load(tmp_path, config={"components.transformer.model.precision": "int4"})
+
+
+def test_the_matrix_kernel_that_is_clearly_faster_is_taken(monkeypatch):
+    for seconds, taken in ((0.5, linear.Linear), (0.95, torch.nn.Linear), (2.0, torch.nn.Linear)):
+        linear.onednn_is_faster.cache_clear()
+        monkeypatch.setattr(linear, "HAS_ONEDNN", True)
+        monkeypatch.setattr(linear, "_seconds", lambda kernel, dtype, s=seconds: s if kernel is linear._multiply else 1)
+        module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        linear.faster_linear(module)
+        assert type(module[0]) is taken
+    linear.onednn_is_faster.cache_clear()

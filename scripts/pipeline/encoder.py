@@ -161,7 +161,7 @@ class TransformerShim(HFShim):
         self._hfmodel = HFObjects(tokenizer, transformer, vocab_file_contents, SimpleFrozenDict(), SimpleFrozenDict())
         if self.precision == "bfloat16" and not _has_bfloat16(transformer.device):
             warnings.warn(
-                "This processor has no bfloat16 instructions (AVX512_BF16 or AMX): the pipeline predicts in float32.",
+                "This processor is not faster in bfloat16 than in float32: the pipeline predicts in float32.",
                 stacklevel=2,
             )
         self._predicting()  # now, not in the first of several threads that predict

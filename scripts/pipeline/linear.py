@@ -1,16 +1,17 @@
 """Linear layers for CPUs: float32 with the faster of two matrix kernels, and int8."""
 
 import platform
+import time
 import warnings
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from spacy import registry
+from torch.nn.functional import linear
 
-# PyTorch multiplies float32 matrices with MKL. oneDNN is faster where AVX-512 is there, slower elsewhere
-# (benchmarks/speed.py measures both).
 HAS_ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-USE_ONEDNN = HAS_ONEDNN and "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 # Steps from 0 to the largest input in int8. Without VNNI, processors add two products in 16 bits, which 8 bits exceed.
 LEVELS = 127 if torch.cpu._is_vnni_supported() else 63
@@ -61,12 +62,12 @@ class Int8Linear(torch.nn.Module):
     that its weights are multiplied by (SmoothQuant, Xiao et al. 2023, with alpha 0.5).
     """
 
-    def __init__(self, linear: torch.nn.Linear, largest: torch.Tensor) -> None:
+    def __init__(self, layer: torch.nn.Linear, largest: torch.Tensor) -> None:
         """Make an 8-bit copy of a layer. largest: the largest absolute value of each input channel, shape (in,)."""
         super().__init__()
-        weight = linear.weight.detach()
+        weight = layer.weight.detach()
         smooth = (largest.clamp_min(1e-5) / weight.abs().amax(dim=0).clamp_min(1e-5)).sqrt()
-        self.inverse, self.bias = 1 / smooth, None if linear.bias is None else linear.bias.detach()
+        self.inverse, self.bias = 1 / smooth, None if layer.bias is None else layer.bias.detach()
         weight = weight * smooth
         scales = (weight.abs().amax(dim=1) / 127).clamp_min(1e-12).double()
         engine = torch.backends.quantized.engine
@@ -88,10 +89,30 @@ class Int8Linear(torch.nn.Module):
         return y * largest if self.bias is None else torch.addcmul(self.bias, y, largest)
 
 
+def _seconds(multiply: Callable[..., torch.Tensor], dtype: torch.dtype) -> float:
+    """Return the least time of a product of the size of a small encoder's layer, out of five."""
+    x, weight, seconds = torch.ones(128, 384, dtype=dtype), torch.ones(1536, 384, dtype=dtype), []
+    with torch.inference_mode():
+        for _ in range(6):  # the first one warms up
+            start = time.perf_counter()
+            multiply(x, weight)
+            seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Return whether oneDNN takes less than 0.9 of the time of PyTorch's own float32 kernel, MKL, on this processor.
+
+    Which one is faster depends on the processor. The margin keeps the choice the same where both are equally fast.
+    """
+    return HAS_ONEDNN and _seconds(_multiply, torch.float32) < 0.9 * _seconds(linear, torch.float32)
+
+
 @registry.misc("panx_xlmr.FasterLinear.v1")
 def faster_linear(transformer: torch.nn.Module) -> None:
     """Let a transformer's linear layers use the faster matrix kernel of this processor."""
-    if USE_ONEDNN:
+    if onednn_is_faster():
         for module in transformer.modules():
             if type(module) is torch.nn.Linear:
                 module.__class__ = Linear  # parameters and names stay the same
@@ -118,9 +139,12 @@ def int8_layers(transformer: torch.nn.Module, embeddings: torch.Tensor) -> dict[
 
 
 @registry.misc("panx_xlmr.HasBFloat16.v1")
+@cache
 def has_bfloat16() -> bool:
-    """Return whether this processor has instructions for bfloat16; without them it is slower than float32."""
+    """Return whether this processor has instructions for bfloat16, and is faster with them than in float32."""
     # the capability is lower where the user limits PyTorch's kernels
-    return "AVX512" in torch.backends.cpu.get_cpu_capability() and (
+    instructions = "AVX512" in torch.backends.cpu.get_cpu_capability() and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
+    exact = _multiply if onednn_is_faster() else linear
+    return instructions and _seconds(linear, torch.bfloat16) < _seconds(exact, torch.float32)
