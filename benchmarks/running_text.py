@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import spacy
 import srsly
@@ -100,7 +100,7 @@ def main(
     last: Annotated[int, typer.Option(help="Score the last N sentences of each file; 0 for all", min=0)] = 0,
     errors: Annotated[int, typer.Option(help="Print the N most frequent errors of each file", min=0)] = 0,
     threshold: Annotated[float | None, typer.Option(help="Leave out less probable entities; else as packaged")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or int8; else as packaged")] = None,
+    precision: Annotated[Literal["float32", "bfloat16", "int8"] | None, typer.Option(help="Else as packaged")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for all scores")] = None,
 ) -> None:
     """Score a pipeline on running text with gold entities."""

@@ -149,7 +149,8 @@ def make(name: str, model: Path, folder: Path, gpu_id: int) -> Annotate:
         for module in nlp.get_pipe("transformer").model.transformer.modules():
             if type(module) is linear.Linear:
                 module.__class__ = module.__class__.__base__
-    return entities(nlp, WAYS.get(name, (1, 1))[1])
+    _, n_process, _ = WAYS.get(name, (1, 1, 1))
+    return entities(nlp, n_process)
 
 
 def work(name: str, model: Path, folder: Path, gpu_id: int) -> None:

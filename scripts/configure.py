@@ -97,6 +97,7 @@ def main(
             letter_case=letter_case,
             gpu_id=gpu_id,
         )
+        config["paths"]["train"] = train.as_posix()
         with replacing(output) as path:
             config.to_disk(path)
         steps = config["training"]["max_steps"]

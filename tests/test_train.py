@@ -154,7 +154,7 @@ def test_letter_case_keeps_all_annotation_and_invents_none(annotated):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_encoder, sample):
-    """The same training of 2 epochs of 3 batches, twice, each in a folder of its own."""
+    """Train two epochs of three batches, twice in the same way, in two folders."""
     folders = []
     for run in ("a", "b"):
         folder = tmp_path_factory.mktemp(f"run-{run}")

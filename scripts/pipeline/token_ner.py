@@ -145,7 +145,7 @@ class TokenNer(TrainablePipe):
 
     `span._.panx_score` is the probability that an entity found by this pipe is right, boundaries and label included. It
     is None for every other span, also for one with the same boundaries and another label. An entity whose probability
-    is below `threshold` is left out: F1 is highest at about half of its own value (Lipton et al. 2014).
+    is below `threshold` is left out. The threshold with the highest F1 is about half of that F1 (Lipton et al. 2014).
     """
 
     def __init__(
