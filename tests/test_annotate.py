@@ -180,7 +180,7 @@ def test_a_text_on_which_the_pipeline_fails_is_a_bad_row_unless_it_always_fails(
 @pytest.mark.parametrize("precision", [None, "int8"])
 def test_scores_and_precision_are_those_of_the_pipeline(tiny_encoder, tmp_path, monkeypatch, precision):
     nlp = spacy.blank("it")
-    config = {"@architectures": "panx_xlmr.TransformerModel.v1", "name": str(tiny_encoder), "mixed_precision": False}
+    config = {"@architectures": "panx_xlmr.TransformerModel.v2", "name": str(tiny_encoder), "mixed_precision": False}
     config |= {"tokenizer_config": {}, "transformer_config": {}, "precision": "bfloat16"}
     nlp.add_pipe("transformer", config={"model": config})
     nlp.add_pipe("panx_xlmr_ner_v2").add_label("LOC")

@@ -19,7 +19,7 @@ def nlp(tiny_encoder):
     return pipeline(tiny_encoder)
 
 
-def pipeline(folder, architecture="panx_xlmr.TransformerModel.v1", **settings):
+def pipeline(folder, architecture="panx_xlmr.TransformerModel.v2", **settings):
     nlp = spacy.blank("it")
     model = {"@architectures": architecture, "name": str(folder), "tokenizer_config": {"use_fast": True}} | settings
     if architecture.startswith("panx"):
@@ -52,6 +52,22 @@ def test_vectors_are_the_transformers_own_whatever_else_is_in_the_batch(nlp, sam
         with torch.no_grad():
             expected = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, :-1]
         assert found == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text, read",
+    [
+        ("È MORTO A. MANZONI, L'AUTORE", "è morto a. manzoni, l'autore"),
+        ("Ciao! NON CI CREDO, MARIO! E la NATO?", "Ciao! non ci credo, mario! E la NATO?"),
+        ("ROMA, 3 MAGGIO, ORE 12\r\nIl sindaco di ROMA", "roma, 3 maggio, ore 12\r\nIl sindaco di ROMA"),
+        ("İZMIR È IN TURCHIA\n\n", "İzmir è in turchia\n\n"),
+        *((same, same) for same in ("CGIL, CISL", "G. B. ROSSI", "La CORTE DI GIUSTIZIA EUROPEA decide", "\n", "È")),
+    ],
+)
+def test_lines_and_sentences_in_capitals_are_read_in_lower_case(nlp, text, read):
+    assert encoder.without_capitals(text) == read
+    found, expected = vectors(nlp, [text, read])
+    assert (found == expected).all()
 
 
 def token_pieces(nlp, doc):

@@ -54,7 +54,7 @@ texts = st.one_of(
 def nlp(tiny_encoder):
     """A pipeline whose weights are random, those of the tags too: it finds an entity of any kind in almost any text."""
     nlp = spacy.blank("it", config={"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v2"}}})
-    model = {"@architectures": "panx_xlmr.TransformerModel.v1", "name": str(tiny_encoder), "mixed_precision": False}
+    model = {"@architectures": "panx_xlmr.TransformerModel.v2", "name": str(tiny_encoder), "mixed_precision": False}
     model |= {"tokenizer_config": {"use_fast": True}, "transformer_config": {}}
     nlp.add_pipe("transformer", config={"model": model})
     nlp.add_pipe("panx_xlmr_ner_v2", name="ner")

@@ -1,7 +1,8 @@
-"""The transformer layer `panx_xlmr.TransformerModel.v1`.
+"""The transformer layer `panx_xlmr.TransformerModel.v2`.
 
 It computes what `spacy-transformers.TransformerModel.v3` computes, at less cost, and feeds the same listeners:
 
+- It reads lines and sentences in capitals as if they were in lower case, which its wordpieces represent better.
 - It tokenizes a Doc's text as a whole, in linear time, and cuts it into windows of wordpieces. Every wordpiece gets its
   vector from the window with most context around it. Every token has a vector: one without a wordpiece (white space, a
   zero-width character) gets that of the special token at the start.
@@ -12,6 +13,7 @@ It computes what `spacy-transformers.TransformerModel.v3` computes, at less cost
 import copy
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -41,13 +43,14 @@ from transformers.modeling_utils import no_init_weights
 WINDOW, OVERLAP = 126, 32
 # Padded wordpieces per group of windows that run together. Small groups waste least padding on a CPU.
 GROUP_SIZE = {"cpu": 256, "cuda": 16384}
+SENTENCE = re.compile(r".+?(?:[.!?…]\s+|$)", re.DOTALL)
+WORD = re.compile(r"[^\W\d_]{2,}")
 Precision = Literal["float32", "bfloat16", "int8"]
 # A text that shows int8 which input channels of a layer are large; they are the same in every text.
 SAMPLE = (
     "Giovedì mattina il sindaco di Rovigo, Paola Ferretti, ha incontrato all'ospedale Santa Maria i medici della "
     "clinica: «Non chiuderemo il reparto», ha detto. Nel 1987 la squadra aveva vinto 3-1 a Berlino! E tu, che ne pensi?"
 )
-
 
 if hasattr(os, "register_at_fork"):  # nlp.pipe(n_process=…) forks
     # a forked tokenizer warns without the variable, and a forked PyTorch waits forever for its parent's threads
@@ -88,8 +91,7 @@ class VectorBatch(FullTransformerBatch):
 
 def lean(transformer: torch.nn.Module) -> torch.nn.Module:
     """Give the transformer the faster linear layers and drop its pooler, whose output nobody reads."""
-    if getattr(transformer, "pooler", None) is not None:
-        transformer.pooler = None
+    transformer.pooler = None
     registry.misc.get("panx_xlmr.FasterLinear.v1")(transformer)  # scripts/pipeline/linear.py
     return transformer
 
@@ -318,7 +320,7 @@ class PanxTransformerModel(TransformerModel):
         return copied
 
 
-@registry.architectures("panx_xlmr.TransformerModel.v1")
+@registry.architectures("panx_xlmr.TransformerModel.v2")
 def transformer_model(
     name: str,
     tokenizer_config: dict[str, Any],
@@ -335,7 +337,7 @@ def transformer_model(
     return PanxTransformerModel(name, tokenizer_config, transformer_config, mixed_precision, precision)
 
 
-@registry.architectures("panx_xlmr.Tok2VecTransformer.v1")
+@registry.architectures("panx_xlmr.Tok2VecTransformer.v2")
 def tok2vec_transformer(
     name: str,
     tokenizer_config: dict[str, Any],
@@ -376,7 +378,7 @@ def _initialize_own(model: Model, X: Any = None, Y: Any = None) -> None:
 
 def _own_encoder_config(encoder_config: dict[str, Any], listener_config: dict[str, Any]) -> dict[str, Any]:
     of_listener = {key: listener_config[key] for key in ("pooling", "grad_factor") if key in listener_config}
-    return encoder_config | of_listener | {"@architectures": "panx_xlmr.Tok2VecTransformer.v1"}
+    return encoder_config | of_listener | {"@architectures": "panx_xlmr.Tok2VecTransformer.v2"}
 
 
 def _no_spans(docs: list[Doc]) -> list[list[Span]]:
@@ -425,7 +427,8 @@ def wordpiece_windows(
     with every wordpiece that holds one of its characters, or else with the special token.
     """
     before, after = special_ids(tokenizer)
-    encodings = tokenizer.backend_tokenizer.encode_batch([doc.text for doc in docs], add_special_tokens=False)
+    texts = [without_capitals(doc.text) for doc in docs]
+    encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
     windows, aligned, row = [], [], 0
     for doc, encoding in zip(docs, encodings, strict=True):
         if not len(doc):
@@ -453,6 +456,25 @@ def wordpiece_windows(
         aligned.append((wordpieces, align_tokens(doc, encoding.offsets)))
         row += len(ids) + 1
     return windows, aligned
+
+
+def without_capitals(text: str) -> str:
+    """Return the text with lines and sentences in capitals in lower case; no character moves.
+
+    A line or sentence of fewer than three words stays: it may be an acronym or a surname.
+    """
+    lines = text.splitlines(keepends=True)
+    parts = [part for line in lines for part in ([line] if _is_in_capitals(line) else SENTENCE.findall(line))]
+    return "".join(_lower(part) if _is_in_capitals(part) else part for part in parts)
+
+
+def _is_in_capitals(text: str) -> bool:
+    return text.isupper() and len(WORD.findall(text)) >= 3
+
+
+def _lower(text: str) -> str:
+    # one character at a time, because "İ" has two in lower case
+    return "".join(lower if len(lower := character.lower()) == 1 else character for character in text)
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:

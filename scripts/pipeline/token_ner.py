@@ -20,7 +20,7 @@ from spacy.pipeline import TrainablePipe
 from spacy.tokens import Doc, Span, Token
 from spacy.training import Example, biluo_to_iob, validate_examples, validate_get_examples
 from spacy.vocab import Vocab
-from thinc.api import Config, Dropout, Linear, Model, Ops, chain, torch2xp, with_array, xp2torch
+from thinc.api import Dropout, Linear, Model, Ops, chain, torch2xp, with_array, xp2torch
 from thinc.types import Floats1d, Floats2d, FloatsXd
 
 FACTORY = "panx_xlmr_ner_v2"  # the number changes with the stored format
@@ -46,15 +46,6 @@ if not Span.has_extension(SCORED):  # another package may have set both
 def _score(span: Span) -> float | None:
     label, probability = span._.get(SCORED) or (None, None)
     return probability if label == span.label_ else None
-
-
-DEFAULT_MODEL = """
-[model]
-@architectures = "panx_xlmr.CrfTokenClassifier.v2"
-
-[model.tok2vec]
-@architectures = "panx_xlmr.TransformerListener.v1"
-"""
 
 
 @dataclass
@@ -127,7 +118,10 @@ if not Language.has_factory(FACTORY):  # another package of this format may have
         FACTORY,
         assigns=["doc.ents", "token.ent_iob", "token.ent_type"],
         default_config={
-            "model": Config().from_str(DEFAULT_MODEL)["model"],
+            "model": {
+                "@architectures": "panx_xlmr.CrfTokenClassifier.v2",
+                "tok2vec": {"@architectures": "panx_xlmr.TransformerListener.v1"},
+            },
             "threshold": 0.0,
             "scorer": {"@scorers": "spacy.ner_scorer.v1"},
         },
