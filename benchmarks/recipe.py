@@ -38,7 +38,6 @@ from scripts.panx import SPLITS, Sentence, read_tsv, split_path, subset
 
 # the order of PAN-X's tag ids; each tag's first weights depend on it
 TAGS = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
-LEARNING_RATE = 5e-5
 BATCH_SIZE = 24
 MAX_GRADIENT_NORM = 1.0
 IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
@@ -72,7 +71,9 @@ def score(model: PreTrainedModel, batches: Iterable[BatchEncoding]) -> tuple[flo
     return total / sum(map(len, gold)), f1_score(gold, predicted)
 
 
-def train(encoder: Path, splits: dict[str, Sequence[Sentence]], seed: int, epochs: int) -> dict[str, float]:
+def train(
+    encoder: Path, splits: dict[str, Sequence[Sentence]], seed: int, epochs: int, learning_rate: float
+) -> dict[str, float]:
     """Train on a split, print the table and return both F1 scores of the last weights as fractions."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(encoder)
@@ -91,7 +92,7 @@ def train(encoder: Path, splits: dict[str, Sequence[Sentence]], seed: int, epoch
     nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
     nn.init.zeros_(model.classifier.bias)
     model.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.999), eps=1e-8)
     steps = -(-len(encoded["train"]) // BATCH_SIZE)
     schedule = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=steps * epochs)
     print("| Training Loss | Epoch | Step | Validation Loss | F1 |\n|---|---|---|---|---|", flush=True)
@@ -114,13 +115,15 @@ def train(encoder: Path, splits: dict[str, Sequence[Sentence]], seed: int, epoch
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Folder of PAN-X.it as TSV files", exists=True)],
+    data: Annotated[Path, typer.Option(help="Folder of PAN-X as TSV files", exists=True)],
     encoder: Annotated[Path, typer.Option(help="Folder of the encoder", exists=True)],
     seed: Annotated[int, typer.Option(help="Seed of the head, the order of sentences and dropout")] = 42,
     train_size: Annotated[int, typer.Option("--train", help="Training sentences, 0 for all")] = 1680,
     validation_size: Annotated[int, typer.Option("--validation", help="Validation sentences, 0 for all")] = 840,
     test_size: Annotated[int, typer.Option("--test", help="Test sentences, 0 for all")] = 840,
     epochs: Annotated[int, typer.Option(help="Passes over the training sentences", min=1)] = 3,
+    learning_rate: Annotated[float, typer.Option(help="Initial learning rate")] = 5e-5,
+    lang: Annotated[str, typer.Option(help="Language of the files")] = "it",
     threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if not set", min=1)] = None,
 ) -> None:
     """Train the model card's recipe and print its F1."""
@@ -129,8 +132,9 @@ def main(
         torch.set_num_threads(threads)
     with one_sentence():
         sizes = dict(zip(SPLITS, (train_size, validation_size, test_size), strict=True))
-        splits = {split: subset(read_tsv(split_path(data, split, "it")), sizes[split], split) for split in SPLITS}
-        figures: dict[str, Any] = {"seed": seed, "epochs": epochs} | sizes | train(encoder, splits, seed, epochs)
+        splits = {split: subset(read_tsv(split_path(data, split, lang)), sizes[split], split) for split in SPLITS}
+        figures: dict[str, Any] = {"seed": seed, "epochs": epochs, "learning_rate": learning_rate} | sizes
+        figures |= train(encoder, splits, seed, epochs, learning_rate)
     print(json.dumps(figures))
 
 
