@@ -104,7 +104,7 @@ def train_command(output: Path, gpu_id: int, overrides: dict[str, object]) -> li
 def prepare(folder: Path, data: Path, encoder: Path, sizes: dict[str, int], gpu_id: int = -1) -> None:
     """Copy the project to `folder` and make its corpus and its training config there."""
     shutil.rmtree(folder, ignore_errors=True)
-    for name in ("configs", "scripts"):
+    for name in ("configs", "scripts", "corpus/running"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / "project.yml", folder)
     settings: dict[str, object] = {
