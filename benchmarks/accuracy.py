@@ -101,12 +101,18 @@ def train_command(output: Path, gpu_id: int, overrides: dict[str, object]) -> li
     return [*spacy, *as_options(paths | {"gpu-id": gpu_id} | overrides)]
 
 
+def copy_project(folder: Path) -> None:
+    """Copy what the commands of project.yml need to a new folder."""
+    for name in ("project.yml", "LICENSE", "configs", "scripts", "corpus/running", "corpus/sample"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        copy(ROOT / name, folder / name)
+
+
 def prepare(folder: Path, data: Path, encoder: Path, sizes: dict[str, int], gpu_id: int = -1) -> None:
     """Copy the project to `folder` and make its corpus and its training config there."""
     shutil.rmtree(folder, ignore_errors=True)
-    for name in ("configs", "scripts", "corpus/running"):
-        shutil.copytree(ROOT / name, folder / name)
-    shutil.copy(ROOT / "project.yml", folder)
+    copy_project(folder)
     settings: dict[str, object] = {
         "vars.gpu_id": gpu_id,
         "vars.dataset": data.resolve(),

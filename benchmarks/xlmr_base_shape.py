@@ -10,7 +10,6 @@ disk and memory.
 
 import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,8 @@ from pathlib import Path
 import srsly
 from wasabi import msg
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.accuracy import ROOT, copy_project
+
 SETTINGS = {
     "gpu_id": -1,
     "dataset": "corpus/sample",
@@ -63,10 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         project, venv = Path(temporary) / "project", Path(temporary) / "venv"
         encoder = Path(temporary) / "xlm-r-base-shape"
-        for name in ("project.yml", "LICENSE", "configs", "scripts", "corpus/sample"):
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-            (project / name).parent.mkdir(parents=True, exist_ok=True)
-            copy(ROOT / name, project / name)
+        copy_project(project)
         # In another process: a command's peak memory includes that of this process when it starts the command.
         builder = multiprocessing.get_context("spawn").Process(target=build_encoder, args=(encoder,))
         builder.start()

@@ -12,6 +12,7 @@ from spacy.tokens import DocBin
 from spacy.util import load_config
 from weasel.cli.run import load_project_config, parse_config_overrides
 
+from benchmarks.accuracy import copy_project
 from conftest import ROOT
 from workflow import copy_sources, project_run
 
@@ -31,6 +32,14 @@ def test_every_script_and_config_is_a_dep_of_the_command_that_uses_it():
         used = [w for w in words if w.startswith(("scripts/", "configs/"))]
         deps = command.get("deps", [])
         assert [w for w in used if not any(w == dep or w.startswith(f"{dep}/") for dep in deps)] == []
+
+
+def test_the_benchmarks_copy_of_the_project_has_all_that_its_commands_need(tmp_path):
+    copy_project(tmp_path / "project")
+    commands = srsly.read_yaml(ROOT / "project.yml")["commands"]
+    made = {output for command in commands for output in command.get("outputs", [])}
+    deps = {dep for command in commands for dep in command.get("deps", [])} - made - {"assets/extra_train"}
+    assert [dep for dep in sorted(deps) if "$" not in dep and not (tmp_path / "project" / dep).exists()] == []
 
 
 def test_values_reach_the_commands_as_they_were_given():
