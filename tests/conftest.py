@@ -1,12 +1,18 @@
-"""What several test files share: the sample corpus, a tiny XLM-R, a refused command, PAN-X.it where it is given."""
+"""Fixtures: the sample corpus, a tiny XLM-R, a trained project, its installed package, PAN-X.it where it is given."""
 
+import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import sentencepiece
+import srsly
 import torch
 import typer
 from hypothesis import settings
@@ -14,6 +20,7 @@ from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizerF
 from typer.testing import CliRunner
 
 import scripts.pipeline  # noqa: F401  registers what a trained pipeline is loaded with
+from scripts.package import prepare_package
 from scripts.panx import Sentence, read_tsv, to_tsv
 from workflow import copy_sources, project_run
 
@@ -24,6 +31,22 @@ settings.register_profile("long", max_examples=5000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 # no test may ask a hub for anything
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+# runs one piece of code a line and answers with what it leaves in `result`, or with its traceback
+LOOP = """
+import json, sys, traceback
+import spacy
+nlp = spacy.load("it_panx_xlmr")
+answers, sys.stdout = sys.stdout, sys.stderr
+for line in sys.stdin:
+    names = {"spacy": spacy, "nlp": nlp}
+    try:
+        exec(json.loads(line), names)
+        answer = {"result": names["result"]}
+    except BaseException:
+        answer = {"error": traceback.format_exc()}
+    print(json.dumps(answer), file=answers, flush=True)
+"""
 
 
 @pytest.fixture(scope="session")
@@ -135,3 +158,57 @@ def build_project(root: Path, sample: dict[str, list[Sentence]], variables: dict
         (data / f"{split}-es.tsv").write_bytes(spanish)
     project_run(root, "all", variables)
     return root
+
+
+@pytest.fixture(scope="session")
+def spanish(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of the same pipeline under the name es_panx_xlmr."""
+    folder = tmp_path_factory.mktemp("spanish")
+    meta = srsly.read_json(project / "training" / "model-package" / "meta.json") | {"lang": "es"}
+    prepare_package(project / "training" / "model-package", folder / "model", meta, "tiny", {})
+    config = (folder / "model" / "config.cfg").read_text().replace('lang = "it"', 'lang = "es"')
+    (folder / "model" / "config.cfg").write_text(config)
+    # __init__.py is spacy package's own
+    code = ",".join(map(str, sorted((ROOT / "scripts" / "pipeline").glob("[!_]*.py"))))
+    command = ["spacy", "package", folder / "model", folder, "--code", code, "--build", "wheel"]
+    subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = folder.rglob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="session")
+def python(project: Path, spanish: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The venv's Python; versions are those of requirements.txt, what is installed is what the wheels declare."""
+    venv = tmp_path_factory.mktemp("venv")
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    (wheel,) = (project / "packages").rglob("*.whl")
+    pip = [venv / "bin" / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, "-c", ROOT / "requirements.txt", wheel, spanish], check=True)
+    return venv / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def offline() -> dict[str, str]:
+    """The whole environment in which the package runs: no hub, nothing of this project."""
+    return {"HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"], "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.fixture(scope="session")
+def run(
+    python: Path, offline: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Any]]:
+    """Runs code in the venv, where `nlp` is the package, and gives what it leaves in `result`."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    with subprocess.Popen(
+        [python, "-c", LOOP], cwd=folder, env=offline, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def call(code: str) -> Any:
+            process.stdin.write(json.dumps(textwrap.dedent(code)) + "\n")
+            process.stdin.flush()
+            answer = json.loads(process.stdout.readline())
+            assert "error" not in answer, answer["error"]
+            return answer["result"]
+
+        yield call
+        process.stdin.close()

@@ -3,15 +3,10 @@
 It runs offline, in a fresh venv with the wheel and its requirements only, and in a new folder.
 """
 
-import json
 import os
 import subprocess
 import sys
-import textwrap
 import zipfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import spacy
@@ -21,78 +16,6 @@ from spacy.util import load_config, load_model_from_config
 
 import scripts.train  # noqa: F401  registers what training/config.cfg names
 from conftest import ROOT
-from scripts.package import prepare_package
-
-# runs one piece of code a line and answers with what it leaves in `result`, or with its traceback
-LOOP = """
-import json, sys, traceback
-import spacy
-nlp = spacy.load("it_panx_xlmr")
-answers, sys.stdout = sys.stdout, sys.stderr
-for line in sys.stdin:
-    names = {"spacy": spacy, "nlp": nlp}
-    try:
-        exec(json.loads(line), names)
-        answer = {"result": names["result"]}
-    except BaseException:
-        answer = {"error": traceback.format_exc()}
-    print(json.dumps(answer), file=answers, flush=True)
-"""
-
-
-@pytest.fixture(scope="session")
-def spanish(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of the same pipeline under the name es_panx_xlmr."""
-    folder = tmp_path_factory.mktemp("spanish")
-    meta = srsly.read_json(project / "training" / "model-package" / "meta.json") | {"lang": "es"}
-    prepare_package(project / "training" / "model-package", folder / "model", meta, "tiny", {})
-    config = (folder / "model" / "config.cfg").read_text().replace('lang = "it"', 'lang = "es"')
-    (folder / "model" / "config.cfg").write_text(config)
-    # __init__.py is spacy package's own
-    code = ",".join(map(str, sorted((ROOT / "scripts" / "pipeline").glob("[!_]*.py"))))
-    command = ["spacy", "package", folder / "model", folder, "--code", code, "--build", "wheel"]
-    subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = folder.rglob("*.whl")
-    return wheel
-
-
-@pytest.fixture(scope="session")
-def python(project: Path, spanish: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The venv's Python; versions are those of requirements.txt, what is installed is what the wheels declare."""
-    venv = tmp_path_factory.mktemp("venv")
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    (wheel,) = (project / "packages").rglob("*.whl")
-    pip = [venv / "bin" / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, "-c", ROOT / "requirements.txt", wheel, spanish], check=True)
-    return venv / "bin" / "python"
-
-
-@pytest.fixture(scope="session")
-def offline() -> dict[str, str]:
-    """The whole environment in which the package runs: no hub, nothing of this project."""
-    return {"HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"], "TOKENIZERS_PARALLELISM": "false"}
-
-
-@pytest.fixture(scope="session")
-def run(
-    python: Path, offline: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[str], Any]]:
-    """Runs code in the venv, where `nlp` is the package, and gives what it leaves in `result`."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    with subprocess.Popen(
-        [python, "-c", LOOP], cwd=folder, env=offline, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-
-        def call(code: str) -> Any:
-            process.stdin.write(json.dumps(textwrap.dedent(code)) + "\n")
-            process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
-            assert "error" not in answer, answer["error"]
-            return answer["result"]
-
-        yield call
-        process.stdin.close()
-
 
 TEXTS = ["Bari", "", "Sevilla è lontana da Bari.", "hola"]
 
