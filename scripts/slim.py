@@ -57,13 +57,13 @@ def needed_ids(
 ) -> list[int]:
     """Return the sorted ids of the wordpieces to keep.
 
-    These are the special tokens, all of a single character, and all of the sentences, as they are and in upper case,
-    and of the words. If they are fewer than `pieces`, the most probable ones in the sentences' scripts are added.
+    These are the special tokens, all of a single character, and all of the words and the sentences, the latter also in
+    upper and in lower case. If they are fewer than `pieces`, the most probable others in the sentences' scripts follow.
     """
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])  # the most probable first
     kept = {*tokenizer.all_special_ids, tokenizer.unk_token_id} - {None}
     kept |= {number for piece, number in vocabulary if len(piece) == 1}
-    texts = [*sentences, *(sentence.upper() for sentence in sentences), *words]
+    texts = [case(sentence) for case in (str, str.upper, str.lower) for sentence in sentences] + [*words]
     for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
         kept.update(encoding.ids)
     letters = letters_by_script("".join(sentences))
