@@ -101,12 +101,15 @@ def train_command(output: Path, gpu_id: int, overrides: dict[str, object]) -> li
     return [*spacy, *as_options(paths | {"gpu-id": gpu_id} | overrides)]
 
 
-def copy_project(folder: Path) -> None:
-    """Copy what the commands of project.yml need to a new folder."""
-    for name in ("project.yml", "LICENSE", "configs", "scripts", "corpus/running", "corpus/sample"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        copy(ROOT / name, folder / name)
+def copy_project(
+    target: Path, source: Path = ROOT, further: Sequence[str] = ("corpus/running", "corpus/sample")
+) -> Path:
+    """Copy a project without what its commands have made; return the copy. further: what it needs besides its code."""
+    for name in ("project.yml", "LICENSE", "configs", "scripts", *further):
+        path = source / name
+        target.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, target / name)
+    return target
 
 
 def prepare(folder: Path, data: Path, encoder: Path, sizes: dict[str, int], gpu_id: int = -1) -> None:

@@ -30,9 +30,16 @@ print(*steps[:3], times[3], steps[3], int(peak) / 1000)
 
 def main() -> None:
     """Print the medians."""
-    command = [sys.executable, "-c", ONE, *sys.argv[1:]]
+    if len(sys.argv) != 2:
+        sys.exit("Expected one argument: the name of an installed package.")
+    command = [sys.executable, "-c", ONE, sys.argv[1]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    runs = [subprocess.run(command, check=True, capture_output=True, env=environment).stdout for _ in range(5)]
+    runs = []
+    for _ in range(5):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            sys.exit(f"{sys.argv[1]} does not run here: {done.stderr.strip().splitlines()[-1]}")
+        runs.append(done.stdout)
     for name, values in zip(COSTS, zip(*(map(float, run.split()) for run in runs), strict=True), strict=True):
         unit = "MB" if "memory" in name else "s of CPU time"
         print(f"{name:30} {statistics.median(values):7.2f} {unit}")

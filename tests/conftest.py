@@ -20,9 +20,10 @@ from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizerF
 from typer.testing import CliRunner
 
 import scripts.pipeline  # noqa: F401  registers what a trained pipeline is loaded with
+from benchmarks.accuracy import copy_project
 from scripts.package import prepare_package
 from scripts.panx import Sentence, read_tsv, to_tsv
-from workflow import copy_sources, project_run
+from workflow import project_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "corpus" / "sample"
@@ -146,7 +147,7 @@ def project(tmp_path_factory, sample, variables) -> Path:
 
 def build_project(root: Path, sample: dict[str, list[Sentence]], variables: dict[str, object]) -> Path:
     """Runs `all` in the folder `root`; returns it."""
-    copy_sources(ROOT, root)
+    copy_project(root, further=())
     running = root / "corpus" / "running"
     running.mkdir(parents=True)
     (running / "a.txt").write_text("\n\n".join(["Piove.\nVive a [LOC Bari]."] * 10), encoding="utf8")

@@ -14,7 +14,7 @@ from weasel.cli.run import load_project_config, parse_config_overrides
 
 from benchmarks.accuracy import copy_project
 from conftest import ROOT
-from workflow import copy_sources, project_run
+from workflow import project_run
 
 
 def test_every_output_of_every_step_is_there(project):
@@ -38,7 +38,7 @@ def test_the_benchmarks_copy_of_the_project_has_all_that_its_commands_need(tmp_p
     copy_project(tmp_path / "project")
     commands = srsly.read_yaml(ROOT / "project.yml")["commands"]
     made = {output for command in commands for output in command.get("outputs", [])}
-    deps = {dep for command in commands for dep in command.get("deps", [])} - made - {"assets/extra_train"}
+    deps = {dep for command in commands for dep in command.get("deps", [])} - made
     assert [dep for dep in sorted(deps) if "$" not in dep and not (tmp_path / "project" / dep).exists()] == []
 
 
@@ -67,7 +67,7 @@ def test_sentences_of_a_further_language_are_trained_on_and_named_as_a_source(pr
 
 
 def test_another_language_makes_another_package(project, variables, tmp_path):
-    copy_sources(project, tmp_path, "corpus", "data")
+    copy_project(tmp_path, project, ("corpus", "data"))
     spanish = variables | {"lang": "es", "dataset_config": "PAN-X.es", "extra_train": ""}
     for command in ("download", "convert-full", "configure"):
         project_run(tmp_path, command, spanish)
@@ -80,7 +80,7 @@ def test_another_language_makes_another_package(project, variables, tmp_path):
 
 
 def test_full_trains_on_all_sentences_and_on_the_running_corpus(project, variables, tmp_path):
-    copy_sources(project, tmp_path, "corpus", "data")
+    copy_project(tmp_path, project, ("corpus", "data"))
     project_run(tmp_path, "full", variables | {"full_epochs": 3, "train_size": 5})
     *_, last = srsly.read_jsonl(tmp_path / "metrics" / "training.jsonl")
     # 41 sentences, 2 Spanish ones and twice 16 of the running corpus, in batches of 6

@@ -4,7 +4,6 @@ import hashlib
 import multiprocessing
 import os
 import runpy
-import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -43,15 +42,6 @@ def _run_module(arguments: list[str]) -> None:
     sys.path.insert(0, os.getcwd())  # the scripts of the copy, which is the current folder
     sys.argv = arguments
     runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
-
-
-def copy_sources(source: Path, target: Path, *further: str) -> Path:
-    """Copies a project without what its commands have made; returns the copy."""
-    for name in ("project.yml", "LICENSE", "configs", "scripts", *further):
-        path = source / name
-        target.mkdir(parents=True, exist_ok=True)
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, target / name)
-    return target
 
 
 def contents(project: Path) -> dict[str, str]:

@@ -461,7 +461,7 @@ def wordpiece_windows(
 def without_capitals(text: str) -> str:
     """Return the text with lines and sentences in capitals in lower case; no character moves.
 
-    A line or sentence of fewer than three words stays: it may be an acronym or a surname.
+    A line or sentence with fewer than three words of two letters stays: it may be an acronym or a surname.
     """
     lines = text.splitlines(keepends=True)
     parts = [part for line in lines for part in ([line] if _is_in_capitals(line) else SENTENCE.findall(line))]

@@ -15,7 +15,8 @@ import time
 import pytest
 import srsly
 
-from workflow import contents, copy_sources, project_run
+from benchmarks.accuracy import copy_project
+from workflow import contents, project_run
 
 
 class Run:
@@ -71,7 +72,7 @@ def test_a_training_killed_while_it_writes_is_done_again(project, variables, tmp
 def test_a_workflow_killed_in_each_command_ends_as_an_undisturbed_one(project, variables, tmp_path):
     chance = random.Random(os.environ.get("FAULT_SEED", "0"))
     sources = ("data", "corpus/running")
-    undisturbed, killed = (copy_sources(project, tmp_path / name, *sources) for name in ("undisturbed", "killed"))
+    undisturbed, killed = (copy_project(tmp_path / name, project, sources) for name in ("undisturbed", "killed"))
     for command in srsly.read_yaml(project / "project.yml")["workflows"]["all"]:
         run = Run(undisturbed, command, variables)
         run.wait_for(command)
