@@ -6,7 +6,8 @@ It computes what `spacy-transformers.TransformerModel.v3` computes, at less cost
 - It tokenizes a Doc's text as a whole, in linear time, and cuts it into windows of wordpieces. Every wordpiece gets its
   vector from the window with most context around it. Every token has a vector: one without a wordpiece (white space, a
   zero-width character) gets that of the special token at the start.
-- Windows of similar length run together. On a CPU the faster of two matrix kernels runs (linear.py).
+- Windows of similar length run together, on a CPU with the faster of two matrix kernels (linear.py).
+- A vector may be the mean of several layers' outputs.
 - In training only the embeddings that a batch reads have a gradient, not the whole table.
 """
 
@@ -46,11 +47,6 @@ GROUP_SIZE = {"cpu": 256, "cuda": 16384}
 SENTENCE = re.compile(r".+?(?:[.!?…]\s+|$)", re.DOTALL)
 WORD = re.compile(r"[^\W\d_]{2,}")
 Precision = Literal["float32", "bfloat16", "int8"]
-# A text that shows int8 which input channels of a layer are large; they are the same in every text.
-SAMPLE = (
-    "Giovedì mattina il sindaco di Rovigo, Paola Ferretti, ha incontrato all'ospedale Santa Maria i medici della "
-    "clinica: «Non chiuderemo il reparto», ha detto. Nel 1987 la squadra aveva vinto 3-1 a Berlino! E tu, che ne pensi?"
-)
 
 if hasattr(os, "register_at_fork"):  # nlp.pipe(n_process=…) forks
     # a forked tokenizer warns without the variable, and a forked PyTorch waits forever for its parent's threads
@@ -105,9 +101,10 @@ def check_tokenizer_config(config: dict[str, Any]) -> None:
 class TransformerShim(HFShim):
     """Hold the transformer and its tokenizer, and run windows of wordpieces through the transformer."""
 
-    def __init__(self, *args: Any, precision: Precision, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, precision: Precision, last_layers: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.precision = precision
+        self.last_layers = last_layers
         self.reduced: torch.nn.Module | None = None  # the transformer's copy for prediction in lower precision
         # rows of the embedding table that were read since the last update, as leaves of the graph
         self.read: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -230,8 +227,10 @@ class TransformerShim(HFShim):
             if self.precision == "int8":
                 if device.type != "cpu":
                     raise ValueError(f"Precision int8 is for the CPU, but the pipeline is on {device}; use bfloat16.")
-                sample = torch.tensor([self._hfmodel.tokenizer.backend_tokenizer.encode(SAMPLE).ids])
-                others |= registry.misc.get("panx_xlmr.Int8Layers.v1")(self._model, table(sample))
+                encode = self._hfmodel.tokenizer.backend_tokenizer.encode
+                others |= registry.misc.get("panx_xlmr.Int8Layers.v2")(
+                    self._model, lambda text: table(torch.tensor([encode(text).ids]))
+                )
             # assigned when complete, since other threads may predict meanwhile
             reduced = copy.deepcopy(self._model, others).eval()
             self.reduced = reduced.to(torch.bfloat16) if self.precision == "bfloat16" else reduced
@@ -248,7 +247,6 @@ class TransformerShim(HFShim):
         for group in grouped_by_length(windows, GROUP_SIZE.get(device.type, GROUP_SIZE["cuda"])):
             length = max(len(window.ids) for window in group)
             ids, mask = numpy.zeros((2, len(group), length), dtype="int64")
-            ids[:] = windows[0].ids[0]  # masked, so any id will do
             places, rows = [], []  # where a vector is in the group's output, and its row
             for i, window in enumerate(group):
                 ids[i, : len(window.ids)] = window.ids
@@ -262,9 +260,10 @@ class TransformerShim(HFShim):
         for padding, ids, mask, places, rows in zip(paddings, tensors, tensors, tensors, tensors, strict=True):
             # PyTorch is faster without a mask
             masked = {"attention_mask": mask} if padding else {}
-            output = transformer(inputs_embeds=embed(ids).to(dtype), **masked).last_hidden_state
+            states = transformer(inputs_embeds=embed(ids).to(dtype), output_hidden_states=True, **masked).hidden_states
+            mean = torch.stack(states[-self.last_layers :]).mean(0)
             # group by group: the vectors of a long text are in memory once
-            vectors.index_copy_(0, rows, output.flatten(0, 1).index_select(0, places).float())
+            vectors.index_copy_(0, rows, mean.flatten(0, 1).index_select(0, places).float())
         return vectors
 
 
@@ -289,13 +288,16 @@ class PanxTransformerModel(TransformerModel):
         transformer_config: dict[str, Any],
         mixed_precision: bool,
         precision: Precision,
+        last_layers: int,
     ) -> None:
-        self.arguments = (name, tokenizer_config, transformer_config, mixed_precision, precision)
+        self.arguments = (name, tokenizer_config, transformer_config, mixed_precision, precision, last_layers)
         super().__init__(name, _no_spans, tokenizer_config, transformer_config)
-        objects = self.layers[0].shims[0]._hfmodel
-        # a new dict, because spacy-transformers writes into it
         self.layers[0].shims[0] = TransformerShim(
-            objects, precision=precision, mixed_precision=mixed_precision, grad_scaler_config={}
+            self.layers[0].shims[0]._hfmodel,
+            precision=precision,
+            last_layers=last_layers,
+            mixed_precision=mixed_precision,
+            grad_scaler_config={},  # a new dict, because spacy-transformers writes into it
         )
         self.attrs["replace_listener"] = _own_encoder
         self.attrs["replace_listener_cfg"] = _own_encoder_config
@@ -327,14 +329,15 @@ def transformer_model(
     transformer_config: dict[str, Any],
     mixed_precision: bool,
     precision: Precision = "float32",
+    last_layers: int = 1,
 ) -> Model[list[Doc], FullTransformerBatch]:
     """Load a Hugging Face transformer with a fast tokenizer.
 
     The first four arguments are those of `spacy-transformers.TransformerModel.v3`. precision: the precision of matrix
     products in prediction; bfloat16 and int8 (CPU only) are faster and not exact. Weights are trained and stored in
-    float32.
+    float32. last_layers: a vector is the mean of the outputs of this many last layers.
     """
-    return PanxTransformerModel(name, tokenizer_config, transformer_config, mixed_precision, precision)
+    return PanxTransformerModel(name, tokenizer_config, transformer_config, mixed_precision, precision, last_layers)
 
 
 @registry.architectures("panx_xlmr.Tok2VecTransformer.v2")
@@ -346,12 +349,13 @@ def tok2vec_transformer(
     pooling: Model[Ragged, Floats2d] | None = None,
     grad_factor: float = 1.0,
     precision: Precision = "float32",
+    last_layers: int = 1,
 ) -> Model[list[Doc], list[Floats2d]]:
     """Build the transformer inside another pipe, as `nlp.replace_listeners` does with a listener.
 
     pooling, grad_factor: the arguments of spacy-transformers' listener; ours has none.
     """
-    model = PanxTransformerModel(name, tokenizer_config, transformer_config, mixed_precision, precision)
+    model = PanxTransformerModel(name, tokenizer_config, transformer_config, mixed_precision, precision, last_layers)
     first_wordpieces = registry.layers.get("panx_xlmr.FirstWordpieces.v1")  # scripts/pipeline/pipes.py
     return chain(_own_encoder(model), trfs2arrays(pooling, grad_factor) if pooling else first_wordpieces())
 
@@ -465,16 +469,12 @@ def without_capitals(text: str) -> str:
     """
     lines = text.splitlines(keepends=True)
     parts = [part for line in lines for part in ([line] if _is_in_capitals(line) else SENTENCE.findall(line))]
-    return "".join(_lower(part) if _is_in_capitals(part) else part for part in parts)
+    # all but "İ", which has two characters in lower case
+    return "".join(re.sub("[^İ]+", lambda m: m[0].lower(), part) if _is_in_capitals(part) else part for part in parts)
 
 
 def _is_in_capitals(text: str) -> bool:
     return text.isupper() and len(WORD.findall(text)) >= 3
-
-
-def _lower(text: str) -> str:
-    # one character at a time, because "İ" has two in lower case
-    return "".join(lower if len(lower := character.lower()) == 1 else character for character in text)
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
