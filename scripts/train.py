@@ -1,6 +1,5 @@
 """The registered functions of training: optimizer, batches, letter case, and a logger with the validation loss."""
 
-import itertools
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -216,16 +215,19 @@ def _with_case(word: str, way: str) -> str:
 def sentence_batches(size: int) -> Callable[[Iterable[Example]], Iterator[list[Example]]]:
     """Create batches of `size` sentences; the last one of an epoch may be smaller.
 
-    The first batch of a run is empty. spaCy counts steps from 0 and scores after each step divisible by
-    `eval_frequency`; an empty step 0 makes the step's number the number of updates, so that the end of each epoch and
-    the last weights are scored.
+    The first batch of a run is an empty text. spaCy counts steps from 0 and scores after each step divisible by
+    `eval_frequency`; a step 0 that learns nothing makes the step's number the number of updates, so that the end of
+    each epoch and the last weights are scored.
     """
-    runs = itertools.count()
+    is_first = True
 
     def batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
-        if next(runs) == 0:
-            yield []
-        yield from minibatch(examples, size)
+        nonlocal is_first
+        for batch in minibatch(examples, size):
+            if is_first:
+                is_first, vocab = False, batch[0].predicted.vocab
+                yield [Example(Doc(vocab), Doc(vocab))]
+            yield batch
 
     return batches
 
@@ -253,8 +255,6 @@ def training_logger(
         def log_step(info: dict[str, Any] | None) -> None:
             if info is None:
                 return log_to_console(None)
-            for pipe in nlp.pipe_names:
-                info["losses"].setdefault(pipe, 0.0)  # the empty step 0 has none
             log_to_console(info)
             if info["step"]:
                 step, scores = info["step"], info["other_scores"]

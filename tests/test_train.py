@@ -9,6 +9,7 @@ import torch
 from spacy.cli.train import train
 from spacy.tokens import Doc, DocBin, Span
 from spacy.training import Corpus, Example
+from spacy.util import load_config
 from thinc.api import warmup_linear
 
 from conftest import ROOT
@@ -108,11 +109,11 @@ def test_the_rate_goes_down_once_for_each_update_that_happened():
     assert adam.learn_rate == pytest.approx(0.09)
 
 
-def test_only_the_first_batch_of_a_run_is_empty_and_the_others_are_full():
+def test_only_the_first_batch_of_a_run_is_an_empty_text_and_the_others_are_full(annotated):
     batches = training.sentence_batches(24)
-    first, second = ([len(batch) for batch in batches(range(50))] for _ in range(2))
-    assert first == [0, 24, 24, 2]
-    assert second == [24, 24, 2]
+    first, second = ([[len(example) for example in batch] for batch in batches([annotated] * 50)] for _ in range(2))
+    assert first == [[0], *second]
+    assert [len(batch) for batch in second] == [24, 24, 2]
 
 
 @pytest.fixture
@@ -205,6 +206,15 @@ def test_validation_loss_is_that_of_the_saved_weights_on_all_tokens(runs):
 def test_training_loss_is_a_mean_over_batches(runs):
     first, last = (row["training_loss"] for row in srsly.read_jsonl(runs[0] / "training.jsonl"))
     assert last < first < 2 * math.log(7)
+
+
+def test_spacys_own_logger_can_take_the_place_of_the_projects(runs, tmp_path, capsys):
+    config = load_config(runs[0] / "config.cfg")
+    config["training"] |= {"logger": {"@loggers": "spacy.ConsoleLogger.v1"}, "max_steps": 3}
+    config.to_disk(tmp_path / "config.cfg")
+    train(tmp_path / "config.cfg", tmp_path)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[1] for row in rows] == ["0", "3"]
 
 
 def test_the_plot_is_a_picture(runs):

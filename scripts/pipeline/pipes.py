@@ -2,11 +2,13 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy
 from spacy import registry
 from spacy.language import Language
 from spacy.tokens import Doc
+from spacy.training import Example
 from spacy_transformers.data_classes import TransformerData
 from spacy_transformers.layers import TransformerListener
 from spacy_transformers.pipeline_component import DEFAULT_CONFIG, Transformer
@@ -20,6 +22,14 @@ MAX_TOKENS = 8192  # tokens whose vectors a stream keeps in memory at a time
 
 class PanxTransformer(Transformer):
     """spacy-transformers' pipe with streams in batches of bounded size."""
+
+    def update(
+        self, examples: Iterable[Example], *, losses: dict[str, float] | None = None, **settings: Any
+    ) -> dict[str, float]:
+        """Update the model; also log the loss of texts without a token, as spaCy's pipes do and its loggers expect."""
+        losses = {} if losses is None else losses
+        losses.setdefault(self.name, 0.0)
+        return super().update(examples, losses=losses, **settings)
 
     def pipe(self, stream: Iterable[Doc], *, batch_size: int = 128) -> Iterator[Doc]:
         """Set the vectors of a stream in batches of at most `batch_size` Docs and about MAX_TOKENS tokens."""
