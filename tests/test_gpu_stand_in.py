@@ -14,7 +14,7 @@ from conftest import ROOT
 LAYERS = 12
 # of the second update of 24 sentences in mixed precision; a lower count replaces its number here
 STORED = {
-    "kernels": 453,
+    "kernels": 448,
     "kernels of the CRF": 163,
     "CuPy kernels": 71,
     "copies to the device": 5,

@@ -7,7 +7,6 @@ It computes what `spacy-transformers.TransformerModel.v3` computes, at less cost
   vector from the window with most context around it. Every token has a vector: one without a wordpiece (white space, a
   zero-width character) gets that of the special token at the start.
 - Windows of similar length run together, on a CPU with the faster of two matrix kernels (linear.py).
-- A vector may be the mean of several layers' outputs.
 - In training only the embeddings that a batch reads have a gradient, not the whole table.
 """
 
@@ -101,10 +100,9 @@ def check_tokenizer_config(config: dict[str, Any]) -> None:
 class TransformerShim(HFShim):
     """Hold the transformer and its tokenizer, and run windows of wordpieces through the transformer."""
 
-    def __init__(self, *args: Any, precision: Precision, last_layers: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, precision: Precision, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.precision = precision
-        self.last_layers = last_layers
         self.reduced: torch.nn.Module | None = None  # the transformer's copy for prediction in lower precision
         # rows of the embedding table that were read since the last update, as leaves of the graph
         self.read: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -260,10 +258,9 @@ class TransformerShim(HFShim):
         for padding, ids, mask, places, rows in zip(paddings, tensors, tensors, tensors, tensors, strict=True):
             # PyTorch is faster without a mask
             masked = {"attention_mask": mask} if padding else {}
-            states = transformer(inputs_embeds=embed(ids).to(dtype), output_hidden_states=True, **masked).hidden_states
-            mean = torch.stack(states[-self.last_layers :]).mean(0)
+            output = transformer(inputs_embeds=embed(ids).to(dtype), **masked).last_hidden_state
             # group by group: the vectors of a long text are in memory once
-            vectors.index_copy_(0, rows, mean.flatten(0, 1).index_select(0, places).float())
+            vectors.index_copy_(0, rows, output.flatten(0, 1).index_select(0, places).float())
         return vectors
 
 
@@ -288,14 +285,12 @@ class PanxTransformerModel(TransformerModel):
         transformer_config: dict[str, Any],
         mixed_precision: bool,
         precision: Precision,
-        last_layers: int,
     ) -> None:
-        self.arguments = (name, tokenizer_config, transformer_config, mixed_precision, precision, last_layers)
+        self.arguments = (name, tokenizer_config, transformer_config, mixed_precision, precision)
         super().__init__(name, _no_spans, tokenizer_config, transformer_config)
         self.layers[0].shims[0] = TransformerShim(
             self.layers[0].shims[0]._hfmodel,
             precision=precision,
-            last_layers=last_layers,
             mixed_precision=mixed_precision,
             grad_scaler_config={},  # a new dict, because spacy-transformers writes into it
         )
@@ -329,15 +324,14 @@ def transformer_model(
     transformer_config: dict[str, Any],
     mixed_precision: bool,
     precision: Precision = "float32",
-    last_layers: int = 1,
 ) -> Model[list[Doc], FullTransformerBatch]:
     """Load a Hugging Face transformer with a fast tokenizer.
 
     The first four arguments are those of `spacy-transformers.TransformerModel.v3`. precision: the precision of matrix
     products in prediction; bfloat16 and int8 (CPU only) are faster and not exact. Weights are trained and stored in
-    float32. last_layers: a vector is the mean of the outputs of this many last layers.
+    float32.
     """
-    return PanxTransformerModel(name, tokenizer_config, transformer_config, mixed_precision, precision, last_layers)
+    return PanxTransformerModel(name, tokenizer_config, transformer_config, mixed_precision, precision)
 
 
 @registry.architectures("panx_xlmr.Tok2VecTransformer.v2")
@@ -349,13 +343,12 @@ def tok2vec_transformer(
     pooling: Model[Ragged, Floats2d] | None = None,
     grad_factor: float = 1.0,
     precision: Precision = "float32",
-    last_layers: int = 1,
 ) -> Model[list[Doc], list[Floats2d]]:
     """Build the transformer inside another pipe, as `nlp.replace_listeners` does with a listener.
 
     pooling, grad_factor: the arguments of spacy-transformers' listener; ours has none.
     """
-    model = PanxTransformerModel(name, tokenizer_config, transformer_config, mixed_precision, precision, last_layers)
+    model = PanxTransformerModel(name, tokenizer_config, transformer_config, mixed_precision, precision)
     first_wordpieces = registry.layers.get("panx_xlmr.FirstWordpieces.v1")  # scripts/pipeline/pipes.py
     return chain(_own_encoder(model), trfs2arrays(pooling, grad_factor) if pooling else first_wordpieces())
 
