@@ -77,9 +77,7 @@ def main(
     letter_case: Annotated[float, typer.Option(help="Share of training texts whose letter case changes")],
     lang: Annotated[str, typer.Option(help="spaCy's code of the language")],
     gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")],
-    train: Annotated[Path, typer.Option(help="Training sentences, counted for the number of steps")] = Path(
-        "corpus/train.spacy"
-    ),
+    train: Annotated[Path, typer.Option(help="Training sentences")] = Path("corpus/train.spacy"),
     encoder: Annotated[Path, typer.Option(help="Folder of the encoder")] = Path("assets/encoder"),
 ) -> None:
     """Write the full training config from the template and the project's hyperparameters."""

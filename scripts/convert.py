@@ -164,7 +164,6 @@ def convert(
     lang: str,
     encoder: Path,
     sizes: dict[str, int],
-    *,
     extra_train: Path | None = None,
     extra_train_size: int = 0,
     running: Path | None = None,
@@ -215,9 +214,7 @@ def main(
     data: Annotated[Path, typer.Argument(help="Folder with the three splits as TSV", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Folder for the .spacy files and stats.json", show_default=False)],
     lang: Annotated[str, typer.Option(help="spaCy's code of the language")] = "it",
-    encoder: Annotated[Path, typer.Option(help="Folder of the encoder whose wordpieces are counted")] = Path(
-        "assets/encoder"
-    ),
+    encoder: Annotated[Path, typer.Option(help="Encoder whose wordpieces are counted")] = Path("assets/encoder"),
     train_size: Annotated[int, typer.Option(help="Training sentences, 0 for all")] = 0,
     dev_size: Annotated[int, typer.Option(help="Validation sentences, 0 for all")] = 0,
     test_size: Annotated[int, typer.Option(help="Test sentences, 0 for all")] = 0,
@@ -230,17 +227,7 @@ def main(
     with one_sentence():
         sizes = {"train": train_size, "validation": dev_size, "test": test_size}
         running = running if lang == LANG else None
-        stats = convert(
-            data,
-            output,
-            lang,
-            encoder,
-            sizes,
-            extra_train=extra_train,
-            extra_train_size=extra_train_size,
-            running=running,
-            running_times=running_times,
-        )
+        stats = convert(data, output, lang, encoder, sizes, extra_train, extra_train_size, running, running_times)
         for split in SPLITS:
             row = stats[split]
             entities = ", ".join(f"{count} {label}" for label, count in row["entities"].items())

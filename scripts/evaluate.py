@@ -28,17 +28,23 @@ def entities_of(doc: Doc) -> set[Entity]:
     return {(ent.start_char, ent.end_char, ent.label_) for ent in doc.ents}
 
 
+def score_labels(gold: Sequence[set[Entity]], found: Sequence[set[Entity]]) -> dict[str | None, PRFScore]:
+    """Return the strict score of each label that occurs, in alphabetical order, and under None that of all entities."""
+    labels = sorted({label for entities in (*gold, *found) for _, _, label in entities})
+    scores = {label: PRFScore() for label in (*labels, None)}
+    for expected, predicted in zip(gold, found, strict=True):
+        for label, score in scores.items():
+            of_label = [{e for e in entities if label in (None, e[2])} for entities in (predicted, expected)]
+            score.score_set(*of_label)
+    return scores
+
+
 def score_entities(gold: Sequence[set[Entity]], found: Sequence[set[Entity]]) -> dict[str, Any]:
     """Return strict precision, recall and F1 over all texts and per label, as fractions, with `spacy evaluate`'s keys.
 
     An entity is right if its label and its first and last character are.
     """
-    labels = sorted({label for entities in (*gold, *found) for _, _, label in entities})
-    scores = {label: PRFScore() for label in (None, *labels)}
-    for expected, predicted in zip(gold, found, strict=True):
-        for label, score in scores.items():
-            of_label = [{e for e in entities if label in (None, e[2])} for entities in (predicted, expected)]
-            score.score_set(*of_label)
+    scores = score_labels(gold, found)
     total = scores.pop(None)
     return {
         "ents_p": total.precision,
@@ -178,14 +184,10 @@ def _iob2(doc: Doc) -> list[str]:
 
 
 def main(
-    model: Annotated[
-        str, typer.Argument(help="Trained pipeline: a folder or an installed package", show_default=False)
-    ],
+    model: Annotated[str, typer.Argument(help="Folder or installed package of a pipeline", show_default=False)],
     corpus: Annotated[Path, typer.Argument(help="PAN-X's gold sentences (.spacy)", show_default=False)],
     running: Annotated[Path | None, typer.Option(help="Gold running text (.spacy), skipped if missing")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for raw_text.json, seqeval.json and running.json")] = Path(
-        "metrics"
-    ),
+    output: Annotated[Path, typer.Option(help="Folder for the JSON files")] = Path("metrics"),
     gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")] = -1,
 ) -> None:
     """Score a pipeline from raw text, by seqeval on the gold tokens, and on running text."""

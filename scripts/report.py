@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jinja2
-import matplotlib.pyplot
+import matplotlib
 import srsly
 import typer
 from markupsafe import Markup
@@ -20,11 +20,9 @@ from spacy.training import Corpus
 from wasabi import msg
 
 from scripts.common import UserError, one_sentence, replacing
-from scripts.evaluate import calibration_bins, expected_calibration_error
+from scripts.evaluate import calibration_bins, entities_of, expected_calibration_error, score_labels
 from scripts.pipeline import load_pipeline
 from scripts.train import plot_training
-
-matplotlib.use("agg")
 
 TEMPLATE = Path(__file__).with_name("report.html")
 LENGTHS = ((1, 3), (4, 6), (7, 12), (13, 25), (26, None))  # tokens
@@ -64,31 +62,23 @@ def find_errors(gold: Sequence[Doc], predicted: Sequence[Doc]) -> Iterator[Error
             other = best_overlap(ent, doc.ents)
             if other is not None:
                 paired.add(other)
-            if other is None or _key(other) != _key(ent):
+            if other is None or (other.start, other.end, other.label) != (ent.start, ent.end, ent.label):
                 yield Error(gold_doc, doc, ent, other)
         for ent in doc.ents:
             if ent not in paired:
                 yield Error(gold_doc, doc, None, ent)
 
 
-def _key(ent: Span) -> tuple[int, int, str]:
-    return ent.start, ent.end, ent.label_
-
-
-def score(pairs: Sequence[tuple[Doc, Doc]], label: str | None = None) -> PRFScore:
-    """Return strict precision, recall and F1 of all entities, or of one label's."""
-    total = PRFScore()
-    for gold_doc, doc in pairs:
-        found, expected = ({_key(e) for e in d.ents if label in (None, e.label_)} for d in (doc, gold_doc))
-        total.score_set(found, expected)
-    return total
+def scores(pairs: Sequence[tuple[Doc, Doc]]) -> dict[str | None, PRFScore]:
+    """Return the strict score of each label, and under None that of all entities."""
+    return score_labels([entities_of(gold) for gold, _ in pairs], [entities_of(doc) for _, doc in pairs])
 
 
 def type_rows(pairs: Sequence[tuple[Doc, Doc]], labels: Sequence[str]) -> list[list[str]]:
     """Return counts and percentages per label and for all."""
-    rows = []
+    rows, of_label = [], scores(pairs)
     for label in (*labels, None):
-        s = score(pairs, label)
+        s = of_label[label]
         figures = [f"{value * 100:.2f}" for value in (s.precision, s.recall, s.fscore)]
         rows.append([label or "all", f"{s.tp + s.fn}", f"{s.tp + s.fp}", f"{s.tp}", *figures])
     return rows
@@ -99,7 +89,7 @@ def length_scores(pairs: Sequence[tuple[Doc, Doc]]) -> list[tuple[str, int, floa
     rows = []
     for low, high in LENGTHS:
         of_length = [pair for pair in pairs if low <= len(pair[0]) and (high is None or len(pair[0]) <= high)]
-        s = score(of_length)
+        s = scores(of_length)[None]
         if s.tp + s.fn:
             rows.append((f"{low}–{high}" if high else f"{low}+", s.tp + s.fn, s.fscore))
     return rows
@@ -149,14 +139,14 @@ def svg(figure: Figure) -> Markup:
     """Return the figure as an SVG element whose text has the page's font."""
     with io.StringIO() as stream, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
         figure.savefig(stream, format="svg", metadata={"Date": None})
-        matplotlib.pyplot.close(figure)
         text = stream.getvalue()
     return Markup(text[text.index("<svg") :])
 
 
 def plot_lengths(rows: Sequence[tuple[str, int, float]]) -> Figure:
     """Plot F1 by sentence length."""
-    figure, axes = matplotlib.pyplot.subplots(figsize=(4.2, 3.2), layout="constrained")
+    figure = Figure(figsize=(4.2, 3.2), layout="constrained")
+    axes = figure.subplots()
     bars = axes.bar([row[0] for row in rows], [row[2] for row in rows], color="tab:green")
     axes.bar_label(bars, [f"{f1 * 100:.1f}\n({count})" for _, count, f1 in rows])
     axes.set(
@@ -167,7 +157,8 @@ def plot_lengths(rows: Sequence[tuple[str, int, float]]) -> Figure:
 
 def plot_calibration(bins: Sequence[tuple[int, float, float]]) -> Figure:
     """Plot the share of right entities against their probability; the area of a dot is their number."""
-    figure, axes = matplotlib.pyplot.subplots(figsize=(4.2, 4), layout="constrained")
+    figure = Figure(figsize=(4.2, 4), layout="constrained")
+    axes = figure.subplots()
     total = sum(count for count, _, _ in bins)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
     sizes = [20 + 600 * count / total for count, _, _ in bins]
@@ -201,7 +192,7 @@ def make_report(gold: Sequence[Doc], predicted: Sequence[Doc], training: list[di
     wrong = sorted((e for e in errors if e.predicted), key=lambda error: -error.predicted._.panx_score)[:MOST]
     confident = [render_error(e, f"{e.predicted._.panx_score * 100:.1f} %: {e.kind[0]} → {e.kind[1]}") for e in wrong]
     bins = calibration_bins(gold, predicted)
-    total = score(pairs)
+    total = scores(pairs)[None]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf8")).render(
         title=f"{name}: what it gets right and wrong",

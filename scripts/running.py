@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -147,12 +146,8 @@ def agreement(folder: Path, second: Path) -> float:
     """
     first = [line for document in load(folder)["test"] for line in document]
     other = [line for document in read_documents(second) for line in document]
-    for one, two in zip_longest(first, other):
-        if one is None or two is None or one.text != two.text:
-            where = (two or one).where
-            raise UserError(
-                f"{where}: not the sentence of the test part; expected the same sentences in the same order."
-            )
+    if [line.text for line in first] != [line.text for line in other]:
+        raise UserError(f"{second}: not the sentences of the test part in the same order; correct the file.")
     both = sum(len({*one.entities} & {*two.entities}) for one, two in zip(first, other, strict=True))
     return 2 * both / sum(len(line.entities) for line in (*first, *other))
 

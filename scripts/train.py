@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import matplotlib.pyplot
 import srsly
 import torch
 from matplotlib.figure import Figure
@@ -20,8 +19,6 @@ from thinc.api import Optimizer, xp2torch
 from thinc.types import FloatsXd
 
 from scripts.pipeline import token_ner
-
-matplotlib.use("agg")
 
 # The changes of `letter_case`, equally probable: the method of str, and whether only entities change.
 CASES = (("upper", False), ("upper", False), ("lower", False), ("title", False), ("upper", True), ("lower", True))
@@ -170,15 +167,8 @@ def token_classification_adam(
     multiple of it, since the head learns from scratch in a few hundred steps. grad_clip: the largest L2 norm of one
     parameter's gradient.
     """
-    return TokenClassificationAdam(
-        learn_rate,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        L2=weight_decay,
-        grad_clip=grad_clip,
-        head_learning_rate_scale=head_learning_rate_scale,
-    )
+    settings = {"beta1": beta1, "beta2": beta2, "eps": eps, "L2": weight_decay, "grad_clip": grad_clip}
+    return TokenClassificationAdam(learn_rate, head_learning_rate_scale=head_learning_rate_scale, **settings)
 
 
 @registry.augmenters("panx_xlmr.LetterCase.v1")
@@ -269,9 +259,7 @@ def training_logger(
                     }
                 )
                 srsly.write_jsonl(output_file, rows)
-                figure = plot_training(rows)
-                figure.savefig(plot_file, dpi=120)
-                matplotlib.pyplot.close(figure)
+                plot_training(rows).savefig(plot_file, dpi=120)
 
         return log_step, finalize
 
@@ -302,7 +290,8 @@ def validation_loss(nlp: Language, examples: Iterable[Example], batch_size: int 
 def plot_training(rows: list[dict[str, Any]]) -> Figure:
     """Plot both losses, in nats per word, and F1 on the validation sentences against the step."""
     steps = [row["step"] for row in rows]
-    figure, (losses, score) = matplotlib.pyplot.subplots(2, 1, figsize=(4.2, 5.5), layout="constrained")
+    figure = Figure(figsize=(4.2, 5.5), layout="constrained")
+    losses, score = figure.subplots(2, 1)
     losses.plot(steps, [row["training_loss"] for row in rows], marker="o", label="training")
     losses.plot(steps, [row["validation_loss"] for row in rows], marker="o", label="validation")
     losses.set(title="Negative log-likelihood per word", xlabel="step", ylabel="nats", ylim=(0, None))

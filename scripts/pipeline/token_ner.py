@@ -21,7 +21,8 @@ from spacy.tokens import Doc, Span, Token
 from spacy.training import Example, biluo_to_iob, validate_examples, validate_get_examples
 from spacy.vocab import Vocab
 from thinc.api import Dropout, Linear, Model, Ops, chain, torch2xp, with_array, xp2torch
-from thinc.types import Floats1d, Floats2d, FloatsXd
+from thinc.layers.resizable import resize_linear_weighted
+from thinc.types import Floats1d, Floats2d
 
 FACTORY = "panx_xlmr_ner_v2"  # the number changes with the stored format
 OUTSIDE = 0  # tag ids: O is 0, then B and I of each label in turn
@@ -188,22 +189,14 @@ class TokenNer(TrainablePipe):
             return 0
         self.cfg["labels"].append(label)
         self.vocab.strings.add(label)
-        old = self.model.get_ref("output_layer")
-        if old.has_param("W"):
-            # thinc fixes the size of a layer that has weights, so replace it by a larger one
-            tags = len(self.tags)
-            new = Linear(tags, old.get_dim("nI"))
-            for parameter in ("W", "b"):
-                weights = old.get_param(parameter)
-                new.set_param(parameter, _grown(weights, (tags, *weights.shape[1:]), new.ops))
-            self.model.replace_node(old, new)
-            self.model.set_ref("output_layer", new)
-            old = self.model.get_ref("transitions")
-            new = transition_scores(tags)
-            for parameter, shape in (("transitions", (tags, tags)), ("start", (tags,))):
-                new.set_param(parameter, _grown(old.get_param(parameter), shape, new.ops))
-            self.model.replace_node(old, new)
-            self.model.set_ref("transitions", new)
+        old, tags = self.model.get_ref("output_layer"), len(self.tags)
+        if old.has_param("W"):  # thinc fixes the size of a layer that has weights, so replace it by a larger one
+            scores, larger = self.model.get_ref("transitions"), transition_scores(tags)
+            for name in ("transitions", "start"):
+                larger.set_param(name, larger.ops.xp.pad(scores.get_param(name), (0, tags - scores.get_dim("nO"))))
+            for name, new in (("output_layer", resize_linear_weighted(old, tags)), ("transitions", larger)):
+                self.model.replace_node(self.model.get_ref(name), new)
+                self.model.set_ref(name, new)
         return 1
 
     def initialize(
@@ -444,12 +437,12 @@ def segment_probabilities(
     forward[firsts] += start
     for i in range(1, lengths[0]):
         rows = firsts[lengths > i] + i
-        forward[rows] += _log_sum_exp(forward[rows - 1][:, :, None] + transitions, axis=1)
+        forward[rows] += numpy.logaddexp.reduce(forward[rows - 1][:, :, None] + transitions, axis=1)
     for i in range(lengths[0] - 2, -1, -1):
         rows = firsts[lengths > i + 1] + i
         onward = scores[rows + 1] + backward[rows + 1]
-        backward[rows] = _log_sum_exp(transitions + onward[:, None, :], axis=2)
-    every = _log_sum_exp(forward[firsts + lengths - 1], axis=1)
+        backward[rows] = numpy.logaddexp.reduce(transitions + onward[:, None, :], axis=2)
+    every = numpy.logaddexp.reduce(forward[firsts + lengths - 1], axis=1)
     for place, sequence in enumerate(order):
         for number, (first, last, label) in enumerate(segments[sequence]):
             tag, inside = 1 + 2 * label, 2 + 2 * label
@@ -458,14 +451,11 @@ def segment_probabilities(
                 score, tag = score + transitions[tag, inside] + scores[row, inside], inside
             if last < lengths[place]:
                 row = firsts[place] + last
-                score += _log_sum_exp(numpy.delete(transitions[tag] + scores[row] + backward[row], inside), axis=0)
+                score += numpy.logaddexp.reduce(
+                    numpy.delete(transitions[tag] + scores[row] + backward[row], inside), axis=0
+                )
             probabilities[sequence][number] = float(numpy.exp(min(score - every[place], 0.0)))
     return probabilities
-
-
-def _log_sum_exp(scores: numpy.ndarray, axis: int) -> numpy.ndarray:
-    largest = scores.max(axis=axis, keepdims=True)
-    return numpy.log(numpy.exp(scores - largest).sum(axis=axis)) + largest.squeeze(axis)
 
 
 def _entities(tags: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -539,9 +529,3 @@ def _word_tag(tags: Sequence[int]) -> int:
 
 def _blocked(doc: Doc) -> list[Span]:
     return [doc[token.i : token.i + 1] for token in doc if token.ent_iob == 3 and not token.ent_type]
-
-
-def _grown(weights: FloatsXd, shape: tuple[int, ...], ops: Ops) -> FloatsXd:
-    grown = ops.alloc(shape)
-    grown[tuple(slice(size) for size in weights.shape)] = weights
-    return grown
