@@ -44,8 +44,7 @@ known-answers:
 	@test -x build/demo-venv/bin/python || { echo "build/demo-venv does not exist; run make demo first."; exit 1; }
 	build/demo-venv/bin/python -m tests.known_answers.compare it_panx_xlmr $(if $(ACCEPT),--accept)
 fuzz: venv-dev
-	$(BIN)/python tests/fuzz/test_readers.py --minutes $(or $(MINUTES),10)
-	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_hostile.py tests/test_tokenizer.py
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/fuzz tests/test_hostile.py
 lock: venv-dev
 	$(LOCK) requirements-gpu.txt requirements-dev.txt -o build/all.lock
 	$(LOCK) requirements-gpu.txt -c build/all.lock -o requirements-gpu.lock

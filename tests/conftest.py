@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import spacy
 import srsly
 import torch
 import typer
+from click.testing import Result
 from hypothesis import settings
+from spacy.tokens.underscore import Underscore
 from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizerFast
 from typer.testing import CliRunner
 
@@ -27,7 +30,7 @@ from workflow import project_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "corpus" / "sample"
-# the properties of tests/test_hostile.py over many more examples: HYPOTHESIS_PROFILE=long
+# many more examples, for `make fuzz`: HYPOTHESIS_PROFILE=long
 settings.register_profile("long", max_examples=5000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 # no test may ask a hub for anything
@@ -71,36 +74,39 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory, sample: dict[str, lis
     text = folder / "text.txt"
     text.write_text("\n".join(" ".join(s.words) for s in sample["train"]), encoding="utf8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(folder / "sentencepiece.bpe"),
-        vocab_size=700,
-        model_type="unigram",
-        normalization_rule_name="nmt_nfkc",
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
+        input=str(text), model_prefix=str(folder / "sentencepiece.bpe"), vocab_size=700, minloglevel=2
     )
     text.unlink()
     (folder / "sentencepiece.bpe.vocab").unlink()
     tokenizer = XLMRobertaTokenizerFast(vocab_file=str(folder / "sentencepiece.bpe.model"), model_max_length=512)
     tokenizer.save_pretrained(folder)
-    config = XLMRobertaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-        max_position_embeddings=514,
-        pad_token_id=1,
-        bos_token_id=0,
-        eos_token_id=2,
-        type_vocab_size=1,
-    )
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    config = XLMRobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=514, type_vocab_size=1, **size)
     torch.manual_seed(0)
     XLMRobertaModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a pipeline of rules that knows three names and loads at once; $MODEL names it to the examples."""
+    nlp = spacy.blank("it")
+    patterns = [("PER", "Rita"), ("LOC", "Torino"), ("LOC", "Bari")]
+    nlp.add_pipe("entity_ruler").add_patterns([{"label": label, "pattern": name} for label, name in patterns])
+    folder = tmp_path_factory.mktemp("ruler") / "model"
+    nlp.to_disk(folder)
+    scores = {"Rita": 0.75, "Torino": 0.5}  # Bari has none, like an entity of another pipe
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(Underscore.span_extensions, "panx_score", (None, None, lambda span: scores.get(span.text), None))
+        patch.setenv("MODEL", str(folder))
+        yield folder
+
+
+def invoke(command: Callable[..., None], *arguments: object) -> Result:
+    """Runs a script's command as from the command line."""
+    app = typer.Typer()
+    app.command()(command)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -108,9 +114,7 @@ def refused() -> Callable[..., str]:
     """Runs a script's command, which must refuse its input; returns the one sentence that it prints."""
 
     def run(script: ModuleType, *arguments: object) -> str:
-        app = typer.Typer()
-        app.command()(script.main)
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        result = invoke(script.main, *arguments)
         assert result.exit_code == 1, result.output
         assert isinstance(result.exception, SystemExit), result.exception
         assert result.output.count("✘") == 1

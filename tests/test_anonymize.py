@@ -3,25 +3,10 @@
 import re
 
 import pytest
-import spacy
-import typer
-from spacy.tokens.underscore import Underscore
-from typer.testing import CliRunner
+
+from conftest import invoke
 
 anonymize = pytest.importorskip("presidio.anonymize", reason="examples/requirements.txt is not installed")
-SCORES = {"Rita": 0.75, "Torino": 0.5}  # Bari has none, like an entity of another pipe
-
-
-@pytest.fixture
-def model(tmp_path, monkeypatch):
-    """The folder of a pipeline that knows three names."""
-    nlp = spacy.blank("it")
-    patterns = [("PER", "Rita"), ("LOC", "Torino"), ("LOC", "Bari")]
-    nlp.add_pipe("entity_ruler").add_patterns([{"label": label, "pattern": name} for label, name in patterns])
-    nlp.to_disk(tmp_path / "model")
-    score = (None, None, lambda span: SCORES.get(span.text), None)
-    monkeypatch.setitem(Underscore.span_extensions, "panx_score", score)
-    return tmp_path / "model"
 
 
 @pytest.fixture
@@ -32,9 +17,7 @@ def anonymized(model, tmp_path):
         config, text = tmp_path / "analyzer.yaml", tmp_path / "text.txt"
         config.write_text(anonymize.CONFIG.read_text().replace(old, new).replace("it_panx_xlmr", str(model)))
         text.write_bytes(content)
-        app = typer.Typer()
-        app.command()(anonymize.main)
-        return CliRunner().invoke(app, [str(text), "--config", str(config), *options])
+        return invoke(anonymize.main, text, "--config", config, *options)
 
     return run
 

@@ -87,24 +87,6 @@ def test_a_further_training_sentence_with_the_words_of_a_test_sentence_is_left_o
     assert [doc.text for doc in read_docs(tmp_path / "train.spacy")] == ["Anna Neri (Bari)", "uno"]
 
 
-def test_another_language_is_converted_by_its_own_rules(data, tmp_path, tiny_encoder):
-    for split in SPLITS:
-        (data / f"{split}.tsv").rename(data / f"{split}-es.tsv")
-    convert(data, tmp_path, "es", tiny_encoder, ALL)
-    assert len(read_docs(tmp_path / "train.spacy")) == 1
-
-
-def test_text_has_spaces_where_a_person_writes_them(data, tmp_path, tiny_encoder):
-    convert(data, tmp_path, "it", tiny_encoder, ALL)
-    assert read_docs(tmp_path / "train.spacy")[0].text == "Anna Neri (Bari)"
-
-
-def test_gold_annotation_of_every_token_is_known(data, tmp_path, tiny_encoder):
-    convert(data, tmp_path, "it", tiny_encoder, ALL)
-    doc = read_docs(tmp_path / "train.spacy")[0]
-    assert [token.ent_iob_ for token in doc] == ["B", "I", "O", "B", "O"]
-
-
 @pytest.mark.parametrize(
     ("words", "tags", "cut", "cut_tags"),
     [
@@ -179,36 +161,22 @@ def test_the_projects_running_corpus_is_what_its_stats_say(tmp_path):
         make_docs(nlp, documents)
 
 
-def test_blank_tokens_are_dropped_and_counted():
-    sentence, repairs = repair(Sentence(("Anna", " ", "", "\u3000", "Neri"), ("B-PER", "O", "O", "O", "O")))
-    assert sentence == Sentence(("Anna", "Neri"), ("B-PER", "O"))
-    assert repairs == {"blank token dropped": 3}
+BLANK, INSIDE = "blank token dropped", "I- without its B- made a B-"
 
 
 @pytest.mark.parametrize(
-    ("tags", "repaired"),
+    ("words", "tags", "kept", "repaired", "repairs"),
     [
-        (("I-PER", "I-PER"), ("B-PER", "I-PER")),
-        (("B-PER", "I-LOC"), ("B-PER", "B-LOC")),
-        (("O", "I-ORG"), ("O", "B-ORG")),
+        ("Anna, ,,\u3000,Neri", "B-PER,O,O,O,O", "Anna,Neri", "B-PER,O", {BLANK: 3}),
+        ("Anna,Neri", "I-PER,I-PER", "Anna,Neri", "B-PER,I-PER", {INSIDE: 1}),
+        ("Anna,Bari", "B-PER,I-LOC", "Anna,Bari", "B-PER,B-LOC", {INSIDE: 1}),
+        ("di,Eni", "O,I-ORG", "di,Eni", "O,B-ORG", {INSIDE: 1}),
+        (" ,Neri", "B-PER,I-PER", "Neri", "B-PER", {BLANK: 1, INSIDE: 1}),
     ],
 )
-def test_an_inside_tag_that_continues_nothing_begins_an_entity(tags, repaired):
-    sentence, repairs = repair(Sentence(("a", "b"), tags))
-    assert sentence.tags == repaired
-    assert repairs == {"I- without its B- made a B-": 1}
-
-
-def test_an_entity_whose_first_token_is_blank_begins_at_the_next():
-    sentence, _ = repair(Sentence((" ", "Neri"), ("B-PER", "I-PER")))
-    assert sentence == Sentence(("Neri",), ("B-PER",))
-
-
-def test_valid_sentences_are_left_alone(sample):
-    vocab = spacy.blank("it").vocab
-    for sentence in sample["train"]:
-        assert repair(sentence) == (sentence, {})
-        assert tuple(iob2(make_doc(vocab, sentence))) == sentence.tags
+def test_blank_tokens_are_dropped_and_what_continues_no_entity_begins_one(words, tags, kept, repaired, repairs):
+    before, after = (Sentence(tuple(w.split(",")), tuple(t.split(","))) for w, t in ((words, tags), (kept, repaired)))
+    assert repair(before) == (after, repairs)
 
 
 def test_stats_count_what_is_there(data, tmp_path, tiny_encoder):
@@ -235,43 +203,17 @@ def test_same_input_gives_the_same_bytes(data, tmp_path, tiny_encoder):
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"),
+    ("change", "options", "expected"),
     [
-        (b"Anna\tB-MISC\n", "test.tsv, line 1: unknown tag 'B-MISC'"),
-        (b"Anna B-PER\n", "test.tsv, line 1: 'Anna B-PER' has 0 tabs"),
-        (b"Citt\xe0\tO\n", "test.tsv, line 1: not UTF-8"),
-        (b"", "test.tsv: no sentence in it"),
-        (b" \tO\n", "every token of the split is blank"),
+        (lambda data: (data / "test.tsv").write_bytes(b" \tO\n"), [], "every token of the split is blank"),
+        (lambda data: (data / "test.tsv").unlink(), [], "neither test-it.tsv nor test.tsv is there"),
+        (lambda data: None, ["--train-size", 2], "2 sentences asked for, 1 there"),
     ],
 )
-def test_bad_data_gets_one_sentence_and_leaves_nothing(refused, data, tmp_path, tiny_encoder, content, expected):
-    (data / "test.tsv").write_bytes(content)
-    assert expected in refused(convert_script, data, tmp_path / "corpus", "--encoder", tiny_encoder)
+def test_bad_data_is_one_sentence_and_leaves_nothing(refused, data, tmp_path, tiny_encoder, change, options, expected):
+    change(data)
+    assert expected in refused(convert_script, data, tmp_path / "corpus", "--encoder", tiny_encoder, *options)
     assert not list((tmp_path / "corpus").glob("*"))
-
-
-def test_more_sentences_than_there_are_get_one_sentence(refused, data, tmp_path, tiny_encoder):
-    output = refused(convert_script, data, tmp_path / "corpus", "--encoder", tiny_encoder, "--train-size", 2)
-    assert "2 sentences asked for, 1 there" in output
-
-
-def test_a_missing_split_gets_one_sentence(refused, data, tmp_path, tiny_encoder):
-    (data / "validation.tsv").unlink()
-    output = refused(convert_script, data, tmp_path / "corpus", "--encoder", tiny_encoder)
-    assert "neither validation-it.tsv nor validation.tsv is there" in output
-
-
-def test_a_full_disk_gets_one_sentence_and_leaves_no_half_file(data, tmp_path, tiny_encoder, monkeypatch, capsys):
-    from scripts.common import one_sentence
-
-    def full(self, data):
-        raise OSError(28, "No space left on device", str(self))
-
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    with pytest.raises(SystemExit), one_sentence():
-        convert(data, tmp_path / "corpus", "it", tiny_encoder, ALL)
-    assert "No space left on device" in capsys.readouterr().out
-    assert not list((tmp_path / "corpus").iterdir())
 
 
 def test_spacys_own_gold_reader_sees_the_same_tags(data, tmp_path, tiny_encoder):

@@ -12,31 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 import gradio
 import httpx
 import pytest
-import spacy
 import srsly
 import uvicorn
 from spacy.language import Language
-from spacy.tokens.underscore import Underscore
 
 import annotate_column
 from conftest import ROOT
 
 TEXTS = ["Rita visse a Torino.", "", "😀 A Bari, poi a Torino", "niente"]
-SCORES = {"Rita": 0.75, "Torino": 0.5}  # Bari has none, like an entity of another pipe
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The folder of a pipeline that knows three names and loads at once."""
-    nlp = spacy.blank("it")
-    patterns = [("PER", "Rita"), ("LOC", "Torino"), ("LOC", "Bari")]
-    nlp.add_pipe("entity_ruler").add_patterns([{"label": label, "pattern": name} for label, name in patterns])
-    folder = tmp_path_factory.mktemp("ruler") / "model"
-    nlp.to_disk(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(Underscore.span_extensions, "panx_score", (None, None, lambda span: SCORES.get(span.text), None))
-        patch.setenv("MODEL", str(folder))
-        yield folder
 
 
 def entities(*found):

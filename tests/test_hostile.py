@@ -106,6 +106,7 @@ NAMED = {
     "control characters": "".join(map(chr, range(32))) + "Bari" + "".join(map(chr, range(127, 160))),
     "special tokens": "<s> Bari </s> <mask> <pad> <unk>",
     "characters that normalizing makes longer": "ﷺ ﷽ ﬃ ㎢ ½" * 20,
+    "only punctuation": "«»“”''...!?" * 50,
     "one character of each plane": "".join(chr(plane << 16 | 0x1234) for plane in range(17)),
 }
 

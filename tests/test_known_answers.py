@@ -2,10 +2,8 @@
 
 import pytest
 import spacy
-import typer
-from typer.testing import CliRunner
 
-from conftest import ROOT
+from conftest import ROOT, invoke
 from known_answers import compare
 from scripts.convert import make_doc
 from scripts.panx import read_tsv
@@ -24,10 +22,8 @@ def run(tmp_path):
         patterns = [{"label": label, "pattern": name} for name, label in names.items()]
         nlp.add_pipe("entity_ruler").add_patterns(patterns)
         nlp.to_disk(tmp_path / "pipeline")
-        app = typer.Typer()
-        app.command()(compare.main)
         files = [f"--{name}={tmp_path / file}" for name, file in FILES.items()]
-        result = CliRunner().invoke(app, [str(tmp_path / "pipeline"), *files, *options])
+        result = invoke(compare.main, tmp_path / "pipeline", *files, *options)
         return result.exit_code, " ".join(result.output.split())
 
     return call

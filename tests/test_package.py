@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import spacy
 import srsly
@@ -31,14 +33,9 @@ def meta(**changes):
     return make_meta(TEMPLATE, **settings | changes)
 
 
-def test_meta_is_what_spacy_accepts():
+def test_meta_is_what_spacy_accepts_and_has_the_figures_of_raw_text():
     assert validate(ModelMetaSchema, meta()) == []
-
-
-def test_performance_is_that_of_the_test_set_with_its_types():
-    performance = meta()["performance"]
-    assert (performance["ents_f"], performance["raw_text_ents_f"]) == (0.75, 0.55)
-    assert performance["ents_per_type"] == PER_TYPE
+    assert meta()["performance"]["raw_text_ents_f"] == 0.55
 
 
 def test_sources_name_what_the_pipeline_was_made_from():
@@ -57,26 +54,13 @@ def test_a_pipeline_that_finds_nothing_is_not_packaged(test):
         meta(test=test)
 
 
-def test_config_needs_nothing_of_the_project():
-    config = inference_config(load_config(ROOT / "configs" / "xlmr.cfg", interpolate=False), "org/encoder")
-    text = config.to_str()
-    assert config["components"]["transformer"]["model"]["name"] == "org/encoder"
-    assert "corpus/" not in text
-    assert "assets/" not in text
-    assert "TrainingLogger" not in text
-
-
-def test_a_pipeline_trained_on_a_gpu_predicts_in_full_precision():
+def test_config_needs_nothing_of_the_project_and_predicts_in_full_precision():
     trained = load_config(ROOT / "configs" / "xlmr.cfg", interpolate=False)
-    trained["components"]["transformer"]["model"]["mixed_precision"] = True
-    packaged = inference_config(trained, "org/encoder")
-    assert packaged["components"]["transformer"]["model"]["mixed_precision"] is False
-
-
-def test_sources_name_what_was_added_to_the_training_sentences():
-    extra = {"kind": "hub", "source": "google/xtreme", "config": "PAN-X.es", "commit": "ab12"}
-    sources = meta(provenance=PROVENANCE | {"extra_train": [extra]})["sources"]
-    assert [source.get("config") for source in sources] == ["PAN-X.it", "PAN-X.es", None]
+    trained["components"]["transformer"]["model"]["mixed_precision"] = True  # as on a GPU
+    config = inference_config(trained, "org/encoder")
+    transformer = config["components"]["transformer"]["model"]
+    assert (transformer["name"], transformer["mixed_precision"]) == ("org/encoder", False)
+    assert not re.search("corpus/|assets/|TrainingLogger", config.to_str())
 
 
 def test_the_trained_pipeline_stays_as_it_was(tmp_path):
@@ -106,14 +90,6 @@ def test_figures_of_other_weights_are_not_packaged(refused, tmp_path):
     assert "other weights" in output
     assert "spacy project run evaluate" in output
     assert not (tmp_path / "package").exists()
-
-
-@pytest.mark.parametrize(("option", "value"), [("--lang", "../x"), ("--name", "../../x"), ("--version", "1/2")])
-def test_a_name_that_is_no_wheels_is_refused(refused, tmp_path, option, value):
-    options = {"--lang": "it", "--name": "panx_xlmr", "--version": "1.0.0"} | {option: value}
-    words = [word for pair in options.items() for word in pair]
-    output = refused(prepare_package_script, tmp_path / "model", tmp_path / "package", "true", *words)
-    assert f"{option[2:]} is '{value}'" in output
 
 
 def test_the_running_corpus_is_a_source_where_it_was_trained_on():

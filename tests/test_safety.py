@@ -113,15 +113,7 @@ def test_code_that_a_pipeline_brings_along_is_not_run(stored, tmp_path):
 
 # ---- Values of project.yml's vars
 
-TRICKS = [
-    "x; touch pwned",
-    "$(touch pwned)",
-    "`touch pwned`",
-    "../../precious",
-    "/precious",
-    "..",
-    "X",
-]
+TRICKS = ["x; touch pwned", "$(touch pwned)", "`touch pwned`", "../../precious", "/precious", "..", "X"]
 
 
 @pytest.mark.parametrize(

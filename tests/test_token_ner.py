@@ -1,4 +1,3 @@
-import copy
 import math
 from itertools import product
 
@@ -17,7 +16,6 @@ from scripts.pipeline.token_ner import (
     MASKED,
     PADDING,
     TagScores,
-    TokenNer,
     decode_iob2,
     negative_log_likelihood,
     segment_probabilities,
@@ -86,28 +84,10 @@ def test_the_loss_is_minus_the_log_of_the_gold_tags_share_of_all_valid_sequences
     assert float(loss) == pytest.approx(expected, abs=1e-3)
 
 
-def test_an_entity_begins_with_b_even_where_i_scores_best():
-    scores = numpy.array([[0, 1, 5, 0, 0], [0, 0, 5, 0, 0]], dtype="float32")
-    (decoded,) = decode_iob2([scores], numpy.zeros((5, 5)), numpy.zeros(5))
-    assert [TAGS[i] for i in decoded] == ["B-LOC", "I-LOC"]
-
-
-def test_the_transitions_decide_where_the_tokens_do_not():
-    scores = numpy.array([[0, 1, 0, 0, 0], [1, 0, 1, 0, 0]], dtype="float32")
-    transitions = numpy.zeros((5, 5))
-    transitions[1, 2] = 1
-    assert [TAGS[i] for i in decode_iob2([scores], transitions, numpy.zeros(5))[0]] == ["B-LOC", "I-LOC"]
-    assert [TAGS[i] for i in decode_iob2([scores], -transitions, numpy.zeros(5))[0]] == ["B-LOC", "O"]
-
-
-def tag_scores(ner, docs, tags):
-    """Scores that say exactly these tags."""
-    emissions = []
-    for doc_tags in tags:
-        array = numpy.zeros((len(doc_tags), len(ner.tags)), dtype="float32")
-        array[range(len(doc_tags)), [ner.tags.index(tag) for tag in doc_tags]] = 9
-        emissions.append(array)
+def tag_scores(ner, *tags):
+    """Scores that say exactly these tags of each Doc, and nothing where a tag is None."""
     size = len(ner.tags)
+    emissions = [numpy.array([[9 * (tag == t) for t in ner.tags] for tag in some], dtype="float32") for some in tags]
     return TagScores(emissions, numpy.zeros((size, size), dtype="float32"), numpy.zeros(size, dtype="float32"))
 
 
@@ -128,7 +108,7 @@ def test_no_entity_begins_or_ends_in_white_space_or_crosses_an_empty_line(nlp, w
     ner = nlp.get_pipe("ner")
     # | stands where no space follows
     doc = Doc(nlp.vocab, words=[word.strip("|") for word in words], spaces=[word[-1] != "|" for word in words])
-    ner.set_annotations([doc], tag_scores(ner, [doc], [tags]))
+    ner.set_annotations([doc], tag_scores(ner, tags))
     assert [(ent.start, ent.end) for ent in doc.ents] == entities
 
 
@@ -208,7 +188,8 @@ def test_entities_have_a_score_and_other_spans_have_none(nlp):
     assert scores["BariBRAND"] is None
     assert 0.5 < scores["Anna NeriPER"] < 1
     assert doc[0:1]._.panx_score is None
-    assert Span(doc, 0, 2, label="BRAND")._.panx_score is None
+    assert Span(doc, 0, 2, label="BRAND")._.panx_score is None  # such as one that a later ruler has relabelled
+    assert Span(doc, 0, 2, label="PER")._.panx_score == scores["Anna NeriPER"]
     again = Doc(nlp.vocab).from_bytes(doc.to_bytes())
     assert [ent._.panx_score for ent in again.ents] == [ent._.panx_score for ent in doc.ents]
 
@@ -225,51 +206,16 @@ def test_entities_less_probable_than_the_threshold_are_left_out(nlp, tmp_path):
         spacy.load(tmp_path, config={"components.ner.threshold": 90})
 
 
-def test_learns_and_sets_entities(nlp):
-    trained(nlp)
-    doc = nlp(Doc(nlp.vocab, words=["Anna", "Neri", "vive", "a", "La", "Spezia"]))
-    assert [(ent.text, ent.label_) for ent in doc.ents] == [("Anna Neri", "PER"), ("La Spezia", "LOC")]
-    assert all(token.ent_iob for token in doc)
-
-
 def test_scores_with_spacys_own_scorer(nlp):
     scores = nlp.evaluate(trained(nlp))
     assert (scores["ents_f"], set(scores["ents_per_type"])) == (1.0, {"LOC", "PER"})
-
-
-def test_gradient_is_the_losss_derivative(nlp):
-    examples = trained(nlp, steps=1)
-    ner = nlp.get_pipe("ner")
-    generator = numpy.random.default_rng(0)
-    size = len(ner.tags)
-    emissions = [generator.normal(size=(len(eg.predicted), size)) for eg in examples]
-    scores = TagScores(emissions, generator.normal(size=(size, size)), generator.normal(size=size))
-    _, gradient = ner.get_loss(examples, scores)
-    step = 1e-5
-
-    def arrays_of(values):
-        return [*values.emissions, values.transitions, values.start]
-
-    for array, place in [(0, (0, 0)), (0, (4, 1)), (1, (1, 2)), (1, (3, 4)), (2, (0, 3)), (2, (3, 4)), (3, 1)]:
-        around = []
-        for sign in (1, -1):
-            moved = copy.deepcopy(scores)
-            arrays_of(moved)[array][place] += sign * step
-            around.append(ner.get_loss(examples, moved)[0])
-        assert arrays_of(gradient)[array][place] == pytest.approx((around[0] - around[1]) / (2 * step), abs=1e-6)
-
-
-def uniform(ner, examples):
-    size = len(ner.tags)
-    emissions = [numpy.zeros((len(eg.predicted), size), dtype="float32") for eg in examples]
-    return TagScores(emissions, numpy.zeros((size, size), dtype="float32"), numpy.zeros(size, dtype="float32"))
 
 
 def test_loss_is_the_mean_over_annotated_tokens(nlp):
     examples = trained(nlp, steps=1)
     ner = nlp.get_pipe("ner")
     expected = sum(math.log(len(valid_sequences(len(eg.predicted)))) for eg in examples) / 9
-    assert ner.get_loss(examples, uniform(ner, examples))[0] == pytest.approx(expected, rel=1e-5)
+    assert ner.get_loss(examples, tag_scores(ner, [None] * 5, [None] * 4))[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_tokens_without_annotation_may_have_any_tag(nlp):
@@ -281,7 +227,7 @@ def test_tokens_without_annotation_may_have_any_tag(nlp):
     b_loc = ner.tags.index("B-LOC")
     assert ner.gold_tags(partly) == [b_loc, MASKED, MASKED]
     every = valid_sequences(3)
-    loss, _ = ner.get_loss([partly], uniform(ner, [partly]))
+    loss, _ = ner.get_loss([partly], tag_scores(ner, [None] * 3))
     assert loss == pytest.approx(math.log(len(every) / sum(ids[0] == b_loc for ids in every)), rel=1e-5)
 
 
@@ -290,15 +236,6 @@ def test_tokens_that_cannot_be_aligned_are_masked(nlp):
     reference = Doc(nlp.vocab, words=["Bari", "vecchia", "oggi"], ents=["B-LOC", "O", "O"], spaces=[True, True, False])
     merged = Example(Doc(nlp.vocab, words=["Bari vecchia", "oggi"], spaces=[True, False]), reference)
     assert nlp.get_pipe("ner").gold_tags(merged) == [MASKED, 0]
-
-
-def test_a_batch_without_annotation_changes_nothing(nlp):
-    trained(nlp, steps=1)
-    before = nlp.get_pipe("ner").to_bytes()
-    doc = Doc(nlp.vocab, words=["Bari"])
-    losses = nlp.update([Example(doc, doc.copy())], sgd=False)
-    assert losses["ner"] == 0
-    assert nlp.get_pipe("ner").to_bytes() == before
 
 
 def test_a_gold_label_that_the_pipe_does_not_know_is_an_error_that_names_it(nlp):
@@ -325,20 +262,6 @@ def test_blocked_tokens_stay_without_entity(nlp):
     doc.set_ents([], blocked=[doc[4:5]], default="missing")
     nlp(doc)
     assert [ent.text for ent in doc.ents] == ["Anna Neri"]
-
-
-def test_running_twice_changes_nothing(nlp):
-    trained(nlp)
-    doc = nlp(Doc(nlp.vocab, words=["Anna", "Neri", "vive", "a", "Bari"]))
-    once = [(e.text, e.label_) for e in doc.ents]
-    assert [(e.text, e.label_) for e in nlp(doc).ents] == once
-
-
-def test_empty_docs_pass(nlp):
-    trained(nlp)
-    docs = list(nlp.pipe(["", "Bari", ""]))
-    assert [[ent.text for ent in doc.ents] for doc in docs] == [[], ["Bari"], []]
-    assert nlp("").ents == ()
 
 
 def test_a_label_added_to_a_trained_pipe_leaves_its_scores_and_can_be_learned(nlp):
@@ -375,23 +298,3 @@ def test_initialize_takes_labels_that_the_examples_lack(nlp):
     ner.initialize(lambda: [example(nlp, ["Bari"], ["B-LOC"])], nlp=nlp, labels=["LOC", "ORG"])
     assert ner.labels == ner.label_data == ("LOC", "ORG")
     assert ner.tags == ("O", "B-LOC", "I-LOC", "B-ORG", "I-ORG")
-
-
-@pytest.mark.parametrize("way", ["disk", "bytes"])
-def test_saved_and_loaded_it_predicts_the_same(nlp, tmp_path, way):
-    trained(nlp)
-    if way == "disk":
-        nlp.to_disk(tmp_path)
-        loaded = spacy.load(tmp_path)
-    else:
-        loaded = spacy.blank("it")
-        loaded.add_pipe(
-            "panx_xlmr_ner_v2", name="ner", config={"model": {"@architectures": "test.LookupTokenClassifier.v1"}}
-        )
-        loaded.from_bytes(nlp.to_bytes())
-    doc = Doc(nlp.vocab, words=["Anna", "Neri", "vive", "a", "Bari"])
-    before, after = (pipeline.get_pipe("ner").predict([doc]) for pipeline in (nlp, loaded))
-    assert numpy.array_equal(before.emissions[0], after.emissions[0])
-    assert numpy.array_equal(before.transitions, after.transitions)
-    assert loaded.get_pipe("ner").labels == nlp.get_pipe("ner").labels
-    assert isinstance(loaded.get_pipe("ner"), TokenNer)

@@ -135,6 +135,7 @@ def test_a_wheel_built_again_holds_the_weights_that_were_evaluated(project, vari
         packed = archive.read("it_panx_xlmr/it_panx_xlmr-2.0.0/transformer/model")
     assert packed == (copy / "training" / "model" / "transformer" / "model").read_bytes()
     assert packed == (copy / "training" / "model-last" / "transformer" / "model").read_bytes()
+    assert (project / "training" / "model" / "transformer" / "model").stat().st_size < 0.8 * len(packed)  # slim
 
 
 def test_clean_removes_what_was_made_and_nothing_else(project, tmp_path):

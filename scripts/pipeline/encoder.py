@@ -133,7 +133,8 @@ class TransformerShim(HFShim):
         del bytes_data  # frees a copy of the weights, if the caller keeps none
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            srsly.write_json(folder / "config.json", message["config"])
+            # json, because srsly writes a layer_norm_eps of 1e-12 as 0, and refuses the 10**30 below
+            (folder / "config.json").write_text(json.dumps(message["config"]), encoding="utf8")
             settings = {"use_fast": bool(message["tokenizer"].pop("kwargs", {}).get("use_fast", True))}
             for file, content in message["tokenizer"].items():
                 if file in ("", "..") or Path(file).name != file:
@@ -141,7 +142,7 @@ class TransformerShim(HFShim):
                         f"The pipeline's tokenizer has a file {file!r}, expected plain names; do not use it."
                     )
                 (folder / file).write_bytes(content)
-            # json, because srsly refuses the 10**30 that Hugging Face writes for an unlimited model_max_length
+            # Hugging Face writes 10**30 for an unlimited model_max_length
             check_tokenizer_config(json.loads(message["tokenizer"].get("tokenizer_config.json", b"{}")))
             tokenizer = AutoTokenizer.from_pretrained(folder, **settings, trust_remote_code=False)
             vocab_file = getattr(tokenizer, "vocab_file", None)

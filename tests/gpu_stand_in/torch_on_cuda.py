@@ -12,23 +12,9 @@ from gpu_stand_in.cupy_on_numpy import Capsule
 
 CUDA = torch.device("cuda", 0)
 # operators that start no kernel
-VIEWS = {
-    *(
-        "view",
-        "_unsafe_view",
-        "expand",
-        "permute",
-        "transpose",
-        "t",
-        "slice",
-        "select",
-        "unsqueeze",
-        "squeeze",
-        "detach",
-    ),
-    *("alias", "as_strided", "split", "split_with_sizes", "_reshape_alias", "unbind", "diagonal", "lift_fresh"),
-    *("empty", "empty_strided", "empty_like"),
-}
+VIEWS = {"view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select", "unsqueeze", "squeeze"}
+VIEWS |= {"detach", "alias", "as_strided", "split", "split_with_sizes", "_reshape_alias", "unbind", "diagonal"}
+VIEWS |= {"lift_fresh", "empty", "empty_strided", "empty_like"}
 # operators that start several kernels, and how many (read in PyTorch's sources)
 KERNELS = {"logsumexp": 9}
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "_unique2", "equal", "masked_select"}
