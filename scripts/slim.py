@@ -8,6 +8,7 @@ is segmented as before and has the same vectors; any other text is segmented int
 """
 
 import itertools
+import json
 import shutil
 import unicodedata
 from collections import Counter
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Annotated
 
 import spacy
-import srsly
 import torch
 import typer
 import wordfreq
@@ -82,7 +82,7 @@ def prune(model: PanxTransformerModel, kept: Sequence[int]) -> None:
     """
     objects = model.layers[0].shims[0]._hfmodel
     tokenizer = objects.tokenizer
-    description = srsly.json_loads(tokenizer.backend_tokenizer.to_str())
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
     if description["model"]["type"] != "Unigram":
         raise UserError(
             f"The tokenizer is a {description['model']['type']} model, expected Unigram (XLM-R's kind); keep all "
@@ -95,7 +95,7 @@ def prune(model: PanxTransformerModel, kept: Sequence[int]) -> None:
             "wordpieces with --vars.slim false."
         )
     objects.tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(srsly.json_dumps(pruned_description(description, kept))),
+        tokenizer_object=Tokenizer.from_str(json.dumps(pruned_description(description, kept))),
         model_max_length=tokenizer.model_max_length,
         model_input_names=tokenizer.model_input_names,
         **tokenizer.special_tokens_map_extended,
