@@ -20,6 +20,21 @@ FACTORY, CLEANER = "panx_xlmr_transformer_v1", "panx_xlmr_doc_cleaner_v1"
 MAX_TOKENS = 8192  # tokens whose vectors a stream keeps in memory at a time
 
 
+@registry.misc("panx_xlmr.Batches.v1")
+def batches(stream: Iterable[Doc], size: int) -> Iterator[list[Doc]]:
+    """Yield batches that end after `size` Docs or MAX_TOKENS tokens, so that a stream's memory is bounded."""
+    batch: list[Doc] = []
+    tokens = 0
+    for doc in stream:
+        batch.append(doc)
+        tokens += len(doc)
+        if len(batch) == size or tokens >= MAX_TOKENS:
+            yield batch
+            batch, tokens = [], 0
+    if batch:
+        yield batch
+
+
 class PanxTransformer(Transformer):
     """spacy-transformers' pipe with streams in batches of bounded size."""
 
@@ -32,16 +47,9 @@ class PanxTransformer(Transformer):
         return super().update(examples, losses=losses, **settings)
 
     def pipe(self, stream: Iterable[Doc], *, batch_size: int = 128) -> Iterator[Doc]:
-        """Set the vectors of a stream in batches of at most `batch_size` Docs and about MAX_TOKENS tokens."""
-        batch: list[Doc] = []
-        tokens = 0
-        for doc in stream:
-            batch.append(doc)
-            tokens += len(doc)
-            if len(batch) == batch_size or tokens >= MAX_TOKENS:
-                yield from super().pipe(batch, batch_size=batch_size)
-                batch, tokens = [], 0
-        yield from super().pipe(batch, batch_size=batch_size)
+        """Set the vectors of a stream in batches of bounded size."""
+        for docs in batches(stream, batch_size):
+            yield from super().pipe(docs, batch_size=len(docs))
 
 
 def make_transformer(

@@ -32,7 +32,6 @@ APOSTROPHES = frozenset("'’")
 QUOTES = APOSTROPHES | frozenset('"`‘“”«»')
 HYPHENS = frozenset("-\u2010\u2011")
 JOINERS = frozenset("\u00ad\u200c\u200d")  # invisible characters inside words
-MAX_TOKENS = 8192  # tokens whose vectors a stream keeps in memory at a time
 IMPOSSIBLE = -1e4  # the score of a forbidden transition: finite, so that gradients are never nan
 
 # spaCy keeps a span's extensions by character offsets only, so that the label is stored with the score
@@ -300,22 +299,9 @@ class TokenNer(TrainablePipe):
             ) from None
 
     def pipe(self, stream: Iterable[Doc], *, batch_size: int = 128) -> Iterator[Doc]:
-        """Annotate a stream in batches of at most `batch_size` Docs and MAX_TOKENS tokens, which bounds its memory."""
-        for docs in _batches(stream, batch_size):
+        """Annotate a stream in batches of bounded size."""
+        for docs in registry.misc.get("panx_xlmr.Batches.v1")(stream, batch_size):  # scripts/pipeline/pipes.py
             yield from super().pipe(docs, batch_size=len(docs))
-
-
-def _batches(stream: Iterable[Doc], size: int) -> Iterator[list[Doc]]:
-    batch: list[Doc] = []
-    tokens = 0
-    for doc in stream:
-        batch.append(doc)
-        tokens += len(doc)
-        if len(batch) == size or tokens >= MAX_TOKENS:
-            yield batch
-            batch, tokens = [], 0
-    if batch:
-        yield batch
 
 
 def allowed_transitions(tags: int) -> tuple[numpy.ndarray, numpy.ndarray]:
