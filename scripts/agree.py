@@ -1,0 +1,66 @@
+"""Label sentences where several pipelines agree, as further training sentences for one more pipeline.
+
+Pipelines that were trained with other seeds make other errors, so that what all of them say is right more often than
+what one says (Zhou and Li 2005). The sentences' own tags are not read.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from spacy.tokens import Doc
+from wasabi import msg
+
+from scripts.common import UserError, one_sentence, replacing
+from scripts.panx import Sentence, guess_spaces, read_tsv, split_path, subset, to_tsv
+from scripts.pipeline import load_pipeline
+
+Words = tuple[str, ...]
+
+
+def predict_tags(model: str, sentences: Sequence[Words], gpu_id: int) -> list[tuple[str, ...]]:
+    """Return a pipeline's IOB2 tags of sentences that are given as words."""
+    nlp = load_pipeline(model, gpu_id)
+    docs = nlp.pipe(Doc(nlp.vocab, words=words, spaces=guess_spaces(words)) for words in sentences)
+    return [tuple(f"{t.ent_iob_}-{t.ent_type_}" if t.ent_type_ else "O" for t in doc) for doc in docs]
+
+
+def agree(models: Sequence[str], sentences: Sequence[Words], gpu_id: int = -1) -> list[Sentence]:
+    """Return the sentences for which all pipelines have the same tags, with these tags.
+
+    Raises UserError for fewer than two pipelines and where they agree on no sentence.
+    """
+    if len(models) < 2:
+        raise UserError(f"{len(models)} pipeline given, expected two or more; train others with another --vars.seed.")
+    every = zip(*(predict_tags(model, sentences, gpu_id) for model in models), strict=True)
+    agreed = [Sentence(words, tags[0]) for words, tags in zip(sentences, every, strict=True) if len({*tags}) == 1]
+    if not agreed:
+        raise UserError(f"{', '.join(models)}: they agree on no sentence; train them for longer.")
+    return agreed
+
+
+def main(
+    models: Annotated[list[str], typer.Argument(help="Pipelines trained with other seeds", show_default=False)],
+    output: Annotated[Path, typer.Option(help="Folder for train.tsv")],
+    data: Annotated[Path, typer.Option(help="Folder with the training sentences as TSV")] = Path("assets/data"),
+    lang: Annotated[str, typer.Option(help="Language in the name of the TSV file")] = "it",
+    train_size: Annotated[int, typer.Option(help="Leave out the sentences that the card trains on")] = 1680,
+    size: Annotated[int, typer.Option(help="Sentences to label, 0 for all")] = 0,
+    gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")] = -1,
+) -> None:
+    """Label the training sentences that the pipelines were not trained on, where all pipelines agree."""
+    with one_sentence():
+        path = split_path(data, "train", lang)
+        sentences = [sentence.words for sentence in read_tsv(path)]
+        known = {*subset(sentences, train_size, str(path))}
+        others = [words for words in sentences if words not in known and any(word.strip() for word in words)]
+        some = subset(others, size, f"{path}, without the card's sentences")
+        agreed = agree(models, some, gpu_id)
+        with replacing(output / "train.tsv") as file:
+            file.write_bytes(to_tsv(agreed))
+        msg.good(f"{output / 'train.tsv'}: {len(agreed):,} of {len(some):,} sentences, on which all pipelines agree")
+
+
+if __name__ == "__main__":
+    typer.run(main)
