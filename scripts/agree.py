@@ -45,7 +45,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder for train.tsv")],
     data: Annotated[Path, typer.Option(help="Folder with the training sentences as TSV")] = Path("assets/data"),
     lang: Annotated[str, typer.Option(help="Language in the name of the TSV file")] = "it",
-    train_size: Annotated[int, typer.Option(help="Leave out the sentences that the card trains on")] = 1680,
+    train_size: Annotated[int, typer.Option(help="Sentences that were trained on, 0 for all")] = 1680,
     size: Annotated[int, typer.Option(help="Sentences to label, 0 for all")] = 0,
     gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")] = -1,
 ) -> None:
@@ -55,6 +55,8 @@ def main(
         sentences = [sentence.words for sentence in read_tsv(path)]
         known = {*subset(sentences, train_size, str(path))}
         others = [words for words in sentences if words not in known and any(word.strip() for word in words)]
+        if not others:
+            raise UserError(f"{path}: no other sentence than those trained on; set a smaller --train-size.")
         some = subset(others, size, f"{path}, without the card's sentences")
         agreed = agree(models, some, gpu_id)
         with replacing(output / "train.tsv") as file:
