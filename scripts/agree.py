@@ -13,6 +13,7 @@ from spacy.tokens import Doc
 from wasabi import msg
 
 from scripts.common import UserError, one_sentence, replacing
+from scripts.evaluate import iob2
 from scripts.panx import Sentence, guess_spaces, read_tsv, split_path, subset, to_tsv
 from scripts.pipeline import load_pipeline
 
@@ -23,7 +24,7 @@ def predict_tags(model: str, sentences: Sequence[Words], gpu_id: int) -> list[tu
     """Return a pipeline's IOB2 tags of sentences that are given as words."""
     nlp = load_pipeline(model, gpu_id)
     docs = nlp.pipe(Doc(nlp.vocab, words=words, spaces=guess_spaces(words)) for words in sentences)
-    return [tuple(f"{t.ent_iob_}-{t.ent_type_}" if t.ent_type_ else "O" for t in doc) for doc in docs]
+    return [tuple(iob2(doc)) for doc in docs]
 
 
 def agree(models: Sequence[str], sentences: Sequence[Words], gpu_id: int = -1) -> list[Sentence]:

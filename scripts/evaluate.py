@@ -148,7 +148,7 @@ def score_seqeval(gold: Sequence[Doc], predicted: Sequence[Doc]) -> dict[str, An
 
     Both sequences have the same tokens.
     """
-    tags = [[_iob2(doc) for doc in docs] for docs in (gold, predicted)]
+    tags = [[iob2(doc) for doc in docs] for docs in (gold, predicted)]
     precision, recall, f1, _ = precision_recall_fscore_support(*tags, average="micro", scheme=IOB2, zero_division=0)
     return {"ents_p": float(precision), "ents_r": float(recall), "ents_f": float(f1)}
 
@@ -179,7 +179,8 @@ def weights_digest(model: Path) -> str:
     return sha256.hexdigest()
 
 
-def _iob2(doc: Doc) -> list[str]:
+def iob2(doc: Doc) -> list[str]:
+    """Return the IOB2 tag of each token."""
     return [f"{token.ent_iob_}-{token.ent_type_}" if token.ent_type_ else "O" for token in doc]
 
 

@@ -1,5 +1,6 @@
 """What slimming keeps of a pipeline, what it stores, and what it refuses."""
 
+import json
 import pickle
 import shutil
 
@@ -61,6 +62,17 @@ def test_every_text_is_cut_as_before_or_into_smaller_pieces_without_losing_a_cha
         assert after == before
     assert "".join(after) == "".join(before)
     assert len(after) >= len(before)
+
+
+def scores(nlp):
+    """The tokenizer's score of each wordpiece."""
+    return dict(json.loads(layer(nlp).tokenizer.backend_tokenizer.to_str())["model"]["vocab"])
+
+
+def test_each_kept_wordpiece_has_the_same_score(whole, pruned):
+    nlp, names = pruned
+    before = scores(whole)
+    assert scores(nlp) == {name: before[name] for name in names}
 
 
 def test_each_kept_wordpiece_has_a_row_of_the_embeddings_and_special_tokens_stay_special(pruned):
