@@ -32,8 +32,8 @@ MOST = 20  # errors in a list
 
 
 @dataclass
-class Error:
-    """A missed gold entity, a spurious predicted one, or two that overlap and differ."""
+class Pair:
+    """A gold entity and the predicted one that overlaps it; None where one of the two is missing."""
 
     gold_doc: Doc
     predicted_doc: Doc
@@ -41,8 +41,14 @@ class Error:
     predicted: Span | None
 
     @property
+    def is_error(self) -> bool:
+        """Whether the two differ in boundaries or label."""
+        one, other = (ent and (ent.start, ent.end, ent.label) for ent in (self.gold, self.predicted))
+        return one != other
+
+    @property
     def kind(self) -> tuple[str, str]:
-        """The gold and the predicted entity, as they are counted."""
+        """The gold and the predicted entity, as errors are counted."""
         names = [f"{ent.label_} “{ent.text}”" if ent else "nothing" for ent in (self.gold, self.predicted)]
         return names[0], names[1]
 
@@ -54,19 +60,12 @@ def best_overlap(ent: Span, others: Sequence[Span]) -> Span | None:
     return max(overlapping, key=lambda other: (shared[other], other.label == ent.label), default=None)
 
 
-def find_errors(gold: Sequence[Doc], predicted: Sequence[Doc]) -> Iterator[Error]:
-    """Yield every error once, sentence by sentence."""
+def pair_entities(gold: Sequence[Doc], predicted: Sequence[Doc]) -> Iterator[Pair]:
+    """Yield every entity in one or more pairs, sentence by sentence."""
     for gold_doc, doc in zip(gold, predicted, strict=True):
-        paired = set()
-        for ent in gold_doc.ents:
-            other = best_overlap(ent, doc.ents)
-            if other is not None:
-                paired.add(other)
-            if other is None or (other.start, other.end, other.label) != (ent.start, ent.end, ent.label):
-                yield Error(gold_doc, doc, ent, other)
-        for ent in doc.ents:
-            if ent not in paired:
-                yield Error(gold_doc, doc, None, ent)
+        others = [best_overlap(ent, doc.ents) for ent in gold_doc.ents]
+        yield from (Pair(gold_doc, doc, *pair) for pair in zip(gold_doc.ents, others, strict=True))
+        yield from (Pair(gold_doc, doc, None, ent) for ent in doc.ents if ent not in others)
 
 
 def scores(pairs: Sequence[tuple[Doc, Doc]]) -> dict[str | None, PRFScore]:
@@ -95,17 +94,11 @@ def length_scores(pairs: Sequence[tuple[Doc, Doc]]) -> list[tuple[str, int, floa
     return rows
 
 
-def confusion(pairs: Sequence[tuple[Doc, Doc]], labels: Sequence[str]) -> dict[str, Any]:
+def confusion(pairs: Sequence[Pair], labels: Sequence[str]) -> dict[str, Any]:
     """Count how often an entity of one label was predicted as another label or as none."""
     names = [*labels, "nothing"]
-    counts: Counter[tuple[str, str]] = Counter()
-    for gold_doc, doc in pairs:
-        for ent in gold_doc.ents:
-            other = best_overlap(ent, doc.ents)
-            counts[ent.label_, other.label_ if other is not None else "nothing"] += 1
-        for ent in doc.ents:
-            if best_overlap(ent, gold_doc.ents) is None:
-                counts["nothing", ent.label_] += 1
+    ends = [[ent.label_ if ent else "nothing" for ent in (pair.gold, pair.predicted)] for pair in pairs]
+    counts = Counter(map(tuple, ends))
     rows = []
     for name in names:
         total = max(sum(counts[name, other] for other in names), 1)
@@ -114,14 +107,10 @@ def confusion(pairs: Sequence[tuple[Doc, Doc]], labels: Sequence[str]) -> dict[s
     return {"columns": names, "rows": rows}
 
 
-def boundaries(pairs: Sequence[tuple[Doc, Doc]], labels: Sequence[str]) -> dict[str, Any]:
-    """Count the kinds of boundaries of predictions that overlap a gold entity of their label."""
-    counts: Counter[tuple[str, str]] = Counter()
-    for gold_doc, doc in pairs:
-        for ent in gold_doc.ents:
-            other = best_overlap(ent, [e for e in doc.ents if e.label == ent.label])
-            if other is not None:
-                counts[ent.label_, _boundary(ent, other)] += 1
+def boundaries(pairs: Sequence[Pair], labels: Sequence[str]) -> dict[str, Any]:
+    """Count the kinds of boundaries where both entities of a pair have the same label."""
+    both = [(pair.gold, pair.predicted) for pair in pairs if pair.gold and pair.predicted]
+    counts = Counter((gold.label_, _boundary(gold, ent)) for gold, ent in both if gold.label == ent.label)
     return {"columns": BOUNDARIES, "rows": [(label, [counts[label, kind] for kind in BOUNDARIES]) for label in labels]}
 
 
@@ -167,7 +156,7 @@ def plot_calibration(bins: Sequence[tuple[int, float, float]]) -> Figure:
     return figure
 
 
-def render_error(error: Error, heading: str) -> dict[str, Any]:
+def render_error(error: Pair, heading: str) -> dict[str, Any]:
     """Render the sentence with displaCy, gold and predicted."""
     options = {"colors": COLORS}
     sides = {
@@ -181,9 +170,10 @@ def render_error(error: Error, heading: str) -> dict[str, Any]:
 
 def make_report(gold: Sequence[Doc], predicted: Sequence[Doc], training: list[dict[str, Any]], name: str) -> str:
     """Return the report as HTML. predicted: Docs with `panx_score`. training: the rows of metrics/training.jsonl."""
-    pairs = list(zip(gold, predicted, strict=True))
-    labels = sorted({ent.label_ for pair in pairs for doc in pair for ent in doc.ents})
-    errors = list(find_errors(gold, predicted))
+    docs = list(zip(gold, predicted, strict=True))
+    labels = sorted({ent.label_ for pair in docs for doc in pair for ent in doc.ents})
+    pairs = list(pair_entities(gold, predicted))
+    errors = [pair for pair in pairs if pair.is_error]
     counts = Counter(error.kind for error in errors)
     first = {error.kind: error for error in reversed(errors)}
     frequent = [
@@ -192,22 +182,22 @@ def make_report(gold: Sequence[Doc], predicted: Sequence[Doc], training: list[di
     wrong = sorted((e for e in errors if e.predicted), key=lambda error: -error.predicted._.panx_score)[:MOST]
     confident = [render_error(e, f"{e.predicted._.panx_score * 100:.1f} %: {e.kind[0]} → {e.kind[1]}") for e in wrong]
     bins = calibration_bins(gold, predicted)
-    total = scores(pairs)[None]
+    total = scores(docs)[None]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf8")).render(
         title=f"{name}: what it gets right and wrong",
         summary=(
-            f"{len(pairs)} test sentences with {total.tp + total.fn} entities, on gold tokens: precision "
+            f"{len(docs)} test sentences with {total.tp + total.fn} entities, on gold tokens: precision "
             f"{total.precision * 100:.2f}, recall {total.recall * 100:.2f}, F1 {total.fscore * 100:.2f}. An entity is "
             f"right if its first and last token and its type are. {len(errors)} errors."
         ),
         charts={
             "training": svg(plot_training(training)),
-            "lengths": svg(plot_lengths(length_scores(pairs))),
+            "lengths": svg(plot_lengths(length_scores(docs))),
             "calibration": svg(plot_calibration(bins)),
         },
         calibration_error=f"{expected_calibration_error(bins) * 100:.1f}",
-        types=type_rows(pairs, labels),
+        types=type_rows(docs, labels),
         confusion=confusion(pairs, labels),
         boundaries=boundaries(pairs, labels),
         lists=[

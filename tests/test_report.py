@@ -28,7 +28,7 @@ PREDICTED = sentence((0, 2, "PER"), (4, 5, "LOC"), (6, 9, "LOC"), scores=[0.9, 0
 
 
 def errors_of(gold, predicted):
-    return [error.kind for error in report.find_errors([gold], [predicted])]
+    return [pair.kind for pair in report.pair_entities([gold], [predicted]) if pair.is_error]
 
 
 def test_each_error_is_told_once_with_what_stands_there_instead():
@@ -50,7 +50,8 @@ def test_types_are_scored_strictly():
 
 def test_confusion_counts_what_was_taken_for_what():
     spurious = sentence((2, 3, "ORG"))
-    table = report.confusion([(GOLD, PREDICTED), (sentence(), spurious)], ["LOC", "ORG", "PER"])
+    pairs = report.pair_entities([GOLD, sentence()], [PREDICTED, spurious])
+    table = report.confusion(list(pairs), ["LOC", "ORG", "PER"])
     counts = {name: [cell["count"] for cell in row] for name, row in table["rows"]}
     assert table["columns"] == ["LOC", "ORG", "PER", "nothing"]
     assert counts == {"LOC": [1, 0, 0, 0], "ORG": [1, 0, 0, 0], "PER": [0, 0, 1, 0], "nothing": [0, 1, 0, 0]}
@@ -61,8 +62,8 @@ def test_confusion_counts_what_was_taken_for_what():
     [((4, 6), "exact"), ((4, 5), "too short"), ((3, 7), "too long"), ((5, 7), "shifted")],
 )
 def test_boundaries_are_compared_where_the_type_is_the_same(predicted, kind):
-    pairs = [(sentence((4, 6, "ORG")), sentence((*predicted, "ORG")))]
-    ((_, counts),) = report.boundaries(pairs, ["ORG"])["rows"]
+    pairs = report.pair_entities([sentence((4, 6, "ORG"))], [sentence((*predicted, "ORG"))])
+    ((_, counts),) = report.boundaries(list(pairs), ["ORG"])["rows"]
     assert dict(zip(report.BOUNDARIES, counts, strict=True)) == dict.fromkeys(report.BOUNDARIES, 0) | {kind: 1}
 
 
