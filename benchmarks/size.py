@@ -26,7 +26,7 @@ from spacy.tokens import DocBin
 from wasabi import msg
 
 from scripts.pipeline import load_pipeline
-from scripts.pipeline.encoder import without_capitals
+from scripts.pipeline.tokenizer import encoder_text
 from scripts.slim import frequent_words, needed_ids, prune, round_weights, training_texts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,7 +121,8 @@ def main(
                 found = [[(e.start_char, e.end_char, e.label_) for e in doc.ents] for doc in nlp.pipe(some)]
                 if kind not in entities:  # the first variant is the pipeline as trained
                     tokenizer = nlp.get_pipe("transformer").model.tokenizer.backend_tokenizer
-                    encodings = tokenizer.encode_batch([*map(without_capitals, some)], add_special_tokens=False)
+                    read = [encoder_text(nlp.make_doc(text))[0] for text in some]
+                    encodings = tokenizer.encode_batch(read, add_special_tokens=False)
                     entities[kind], whole[kind] = found, [set(encoding.tokens) <= pieces for encoding in encodings]
                 else:
                     changes.append((kind, variant, *count_changes(entities[kind], found, whole[kind])))

@@ -1,6 +1,6 @@
 """Make a trained pipeline small: prune the wordpieces that its language does not need, quantize the weights to 8 bits.
 
-Three quarters of xlm-roberta-base are the embeddings of 250,002 wordpieces, most of them for other languages. The
+Two thirds of the weights of xlm-roberta-base are embeddings of wordpieces, most of them for other languages. The
 wordpieces to keep are those of all training sentences of the data, those of the language's most frequent words
 (wordfreq, Speer 2022), all of a single character, the special tokens, and then the most probable ones in the language's
 script. A unigram tokenizer takes the most probable segmentation of a text. So a text whose own wordpieces are all kept
@@ -31,6 +31,7 @@ from scripts.convert import make_doc, repair
 from scripts.panx import read_tsv, split_path
 from scripts.pipeline import load_pipeline
 from scripts.pipeline.encoder import PanxTransformerModel, prepare_tokenizer
+from scripts.pipeline.tokenizer import encoder_text
 from scripts.pipeline.weights import row_scales
 
 WORDS = 150_000  # of wordfreq's list; more words add hardly any wordpiece
@@ -149,11 +150,11 @@ def round_weights(model: PanxTransformerModel, bits: int) -> None:
 
 
 def training_texts(data: Path, corpus: Path, lang: str) -> list[str]:
-    """Return all training sentences of the data, whether trained on or not, and those of the corpus."""
+    """Return all training sentences of the data, trained on or not, and the corpus's, as the encoder reads them."""
     sentences = [repair(sentence)[0] for sentence in read_tsv(split_path(data, "train", lang))]
     vocab = spacy.blank(lang).vocab
     docs = [make_doc(vocab, sentence) for sentence in sentences if sentence.words]
-    return [doc.text for doc in [*docs, *DocBin().from_disk(corpus).get_docs(vocab)]]
+    return [encoder_text(doc)[0] for doc in [*docs, *DocBin().from_disk(corpus).get_docs(vocab)]]
 
 
 def slim(nlp: Language, sentences: Sequence[str], lang: str, pieces: int, bits: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from thinc.api import Adam, ConfigValidationError, Optimizer, reduce_first
 from transformers import AutoModel, AutoTokenizer
 
 from scripts.pipeline import encoder, linear, pipes
+from scripts.pipeline.tokenizer import encoder_text, without_capitals
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,9 @@ def test_vectors_are_the_transformers_own_whatever_else_is_in_the_batch(nlp, sam
     texts = [" ".join(sentence.words) for sentence in sample["train"][:40]]
     tokenizer, model = AutoTokenizer.from_pretrained(tiny_encoder), AutoModel.from_pretrained(tiny_encoder).eval()
     for text, found in zip(texts, vectors(nlp, texts), strict=True):
+        read, _ = encoder_text(nlp.make_doc(text))
         with torch.no_grad():
-            expected = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, :-1]
+            expected = model(**tokenizer(read, return_tensors="pt")).last_hidden_state[0, :-1]
         assert found == pytest.approx(expected.numpy(), abs=1e-5)
 
 
@@ -65,7 +67,22 @@ def test_vectors_are_the_transformers_own_whatever_else_is_in_the_batch(nlp, sam
     ],
 )
 def test_lines_and_sentences_in_capitals_are_read_in_lower_case(nlp, text, read):
-    assert encoder.without_capitals(text) == read
+    assert without_capitals(text) == read
+    found, expected = vectors(nlp, [text, read])
+    assert (found == expected).all()
+
+
+@pytest.mark.parametrize(
+    "text, read",
+    [
+        ("L’arrivo dell'Italia", "L’ arrivo dell' Italia"),
+        ("**Anna** («Eni»)", "** Anna** (« Eni»)"),
+        ("IL CAPO DELL'ENI PARLA", "il capo dell' eni parla"),
+        *((same, same) for same in ("Emilia-Romagna", "10km", "Cefalu\u0300 e", "nulla")),
+    ],
+)
+def test_a_word_after_a_sign_is_read_as_after_a_space(nlp, text, read):
+    assert encoder_text(nlp.make_doc(text))[0] == read
     found, expected = vectors(nlp, [text, read])
     assert (found == expected).all()
 

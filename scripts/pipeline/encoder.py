@@ -2,7 +2,8 @@
 
 It computes what `spacy-transformers.TransformerModel.v3` computes, at less cost, and feeds the same listeners:
 
-- It reads lines and sentences in capitals as if they were in lower case, which its wordpieces represent better.
+- It lowercases lines and sentences in capitals, and puts a space between a sign and the word after it (tokenizer.py),
+  since its wordpieces represent such words better.
 - It tokenizes a Doc's text as a whole, in linear time, and cuts it into windows of wordpieces. Every wordpiece gets its
   vector from the window with most context around it. Every token has a vector: one without a wordpiece (white space, a
   zero-width character) gets that of the special token at the start.
@@ -13,7 +14,6 @@ It computes what `spacy-transformers.TransformerModel.v3` computes, at less cost
 import copy
 import json
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -43,8 +43,6 @@ from transformers.modeling_utils import no_init_weights
 WINDOW, OVERLAP = 126, 32
 # Padded wordpieces per group of windows that run together. Small groups waste least padding on a CPU.
 GROUP_SIZE = {"cpu": 256, "cuda": 16384}
-SENTENCE = re.compile(r".+?(?:[.!?…]\s+|$)", re.DOTALL)
-WORD = re.compile(r"[^\W\d_]{2,}")
 Precision = Literal["float32", "bfloat16", "int8"]
 
 if hasattr(os, "register_at_fork"):  # nlp.pipe(n_process=…) forks
@@ -425,10 +423,11 @@ def wordpiece_windows(
     with every wordpiece that holds one of its characters, or else with the special token.
     """
     before, after = special_ids(tokenizer)
-    texts = [without_capitals(doc.text) for doc in docs]
-    encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    encoder_text = registry.misc.get("panx_xlmr.EncoderText.v1")  # scripts/pipeline/tokenizer.py
+    texts = [encoder_text(doc) for doc in docs]
+    encodings = tokenizer.backend_tokenizer.encode_batch([text for text, _ in texts], add_special_tokens=False)
     windows, aligned, row = [], [], 0
-    for doc, encoding in zip(docs, encodings, strict=True):
+    for doc, encoding, (_, places) in zip(docs, encodings, texts, strict=True):
         if not len(doc):
             aligned.append((WordpieceBatch.empty(), Ragged(numpy.zeros(0, dtype="i"), numpy.zeros(0, dtype="i"))))
             continue
@@ -451,24 +450,10 @@ def wordpiece_windows(
             lengths=[len(ids) + 1],
             token_type_ids=None,
         )
-        aligned.append((wordpieces, align_tokens(doc, encoding.offsets)))
+        offsets = numpy.array(encoding.offsets, dtype="int64").reshape(-1, 2)
+        aligned.append((wordpieces, align_tokens(doc, offsets - numpy.searchsorted(places, offsets))))
         row += len(ids) + 1
     return windows, aligned
-
-
-def without_capitals(text: str) -> str:
-    """Return the text with lines and sentences in capitals in lower case; no character moves.
-
-    A line or sentence with fewer than three words of two letters stays: it may be an acronym or a surname.
-    """
-    lines = text.splitlines(keepends=True)
-    parts = [part for line in lines for part in ([line] if _is_in_capitals(line) else SENTENCE.findall(line))]
-    # all but "İ", which has two characters in lower case
-    return "".join(re.sub("[^İ]+", lambda m: m[0].lower(), part) if _is_in_capitals(part) else part for part in parts)
-
-
-def _is_in_capitals(text: str) -> bool:
-    return text.isupper() and len(WORD.findall(text)) >= 3
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -510,13 +495,13 @@ def window_bounds(length: int) -> Iterator[tuple[int, int, int, int]]:
         start = end - OVERLAP
 
 
-def align_tokens(doc: Doc, offsets: Sequence[tuple[int, int]]) -> Ragged:
+def align_tokens(doc: Doc, offsets: numpy.ndarray) -> Ragged:
     """Return the rows of each token's wordpieces: row i + 1 for wordpiece i, row 0 if a token has none.
 
-    offsets: the first character of each wordpiece and the one after its last. The space before a word belongs to its
-    wordpiece; a wordpiece of such a space alone is skipped.
+    offsets: the first character of each wordpiece and the one after its last, shape (wordpieces, 2). The space before a
+    word belongs to its wordpiece; a wordpiece of such a space alone is skipped.
     """
-    starts, ends = numpy.array(offsets, dtype="int64").reshape(-1, 2).T
+    starts, ends = offsets.T
     token_starts = numpy.array([token.idx for token in doc], dtype="int64")
     token_ends = token_starts + numpy.array([len(token) for token in doc], dtype="int64")
     first = numpy.searchsorted(starts, token_starts, side="right") - 1

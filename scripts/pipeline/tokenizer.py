@@ -1,4 +1,6 @@
-"""The tokenizer `panx_xlmr.Tokenizer.v2`: spaCy's own for the language, separators by Unicode category, linear time.
+"""The tokenizer `panx_xlmr.Tokenizer.v2`, and the text that the encoder reads.
+
+The tokenizer is spaCy's own for the language, with separators by Unicode category and in linear time.
 
 A text is cut at white space, at every punctuation mark, symbol and invisible character (Unicode categories P, S and C)
 except the ones that words have inside, and after an elision (`dell'` + `Italia`). A slash or plus between letters
@@ -28,6 +30,11 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 INSIDE_WORDS = frozenset("-\u2010\u2011'’.,:&@#_%°+·/")
 # Invisible characters inside words: the soft hyphen and the joiners.
 JOINERS = frozenset("\u00ad\u200c\u200d")
+# Parts of the encoder's text: sentences, words, and signs that can stand before a word. Hyphens, accents and joiners
+# cannot.
+SENTENCE = re.compile(r".+?(?:[.!?…]\s+|$)", re.DOTALL)
+WORD = re.compile(r"[^\W\d_]{2,}")
+SIGN = re.compile(r"[^\w\s\u0300-\u036f\u00ad\u200c\u200d\u2010\u2011-]")
 
 
 def _separators() -> str:
@@ -130,3 +137,32 @@ def linear_tokenizer() -> Callable[[Language], Tokenizer]:
         )
 
     return create
+
+
+@registry.misc("panx_xlmr.EncoderText.v1")
+def encoder_text(doc: Doc) -> tuple[str, list[int]]:
+    """Return the text that the encoder reads, and the places of the spaces that it has in addition.
+
+    Lines and sentences in capitals are in lower case. A space parts a sign and the word after it (`dell' Italia`), since
+    most words have wordpieces of their own only after a space.
+    """
+    text = without_capitals(doc.text)
+    words = [token.idx for token in doc if token.i and token.text[0].isalpha()]
+    starts = [start for start in words if SIGN.match(text, start - 1)]
+    parts = [text[start:end] for start, end in zip([0, *starts], [*starts, None], strict=True)]
+    return " ".join(parts), [start + i for i, start in enumerate(starts)]
+
+
+def without_capitals(text: str) -> str:
+    """Return the text with lines and sentences in capitals in lower case; no character moves.
+
+    A line or sentence with fewer than three words of two letters stays: it may be an acronym or a surname.
+    """
+    lines = text.splitlines(keepends=True)
+    parts = [part for line in lines for part in ([line] if _is_in_capitals(line) else SENTENCE.findall(line))]
+    # all but "İ", which has two characters in lower case
+    return "".join(re.sub("[^İ]+", lambda m: m[0].lower(), part) if _is_in_capitals(part) else part for part in parts)
+
+
+def _is_in_capitals(text: str) -> bool:
+    return text.isupper() and len(WORD.findall(text)) >= 3
