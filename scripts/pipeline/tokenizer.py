@@ -143,8 +143,8 @@ def linear_tokenizer() -> Callable[[Language], Tokenizer]:
 def encoder_text(doc: Doc) -> tuple[str, list[int]]:
     """Return the text that the encoder reads, and the places of the spaces that it has in addition.
 
-    Lines and sentences in capitals are in lower case. A space parts a sign and the word after it (`dell' Italia`), since
-    most words have wordpieces of their own only after a space.
+    Lines and sentences in capitals are in lower case. A space parts a sign and the word after it (`dell' Italia`),
+    since most words have wordpieces of their own only after a space.
     """
     text = without_capitals(doc.text)
     words = [token.idx for token in doc if token.i and token.text[0].isalpha()]
