@@ -338,12 +338,20 @@ def update_twice(nlp):
         nlp.update([annotated(nlp)], sgd=Adam(0.01))
 
 
-def test_the_matrix_kernel_that_is_clearly_faster_is_taken(monkeypatch):
-    for seconds, taken in ((0.5, linear.Linear), (0.95, torch.nn.Linear), (2.0, torch.nn.Linear)):
-        linear.onednn_is_faster.cache_clear()
-        monkeypatch.setattr(linear, "HAS_ONEDNN", True)
-        monkeypatch.setattr(linear, "_seconds", lambda kernel, dtype, s=seconds: s if kernel is linear._multiply else 1)
-        module = torch.nn.Sequential(torch.nn.Linear(2, 2))
-        linear.faster_linear(module)
-        assert type(module[0]) is taken
+@pytest.mark.parametrize(
+    ("processor", "capability", "taken"),
+    [
+        ("AuthenticAMD", "AVX512", linear.Linear),
+        ("AuthenticAMD", "AVX2", torch.nn.Linear),
+        ("GenuineIntel", "AVX512", torch.nn.Linear),
+    ],
+)
+def test_the_matrix_kernel_depends_on_the_processor_alone(monkeypatch, processor, capability, taken):
     linear.onednn_is_faster.cache_clear()
+    monkeypatch.setattr(linear, "HAS_ONEDNN", True)
+    monkeypatch.setattr(linear.Path, "read_text", lambda path: f"vendor_id: {processor}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    linear.faster_linear(module)
+    linear.onednn_is_faster.cache_clear()
+    assert type(module[0]) is taken

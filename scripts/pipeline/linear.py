@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ SAMPLE = (
     "Giovedì mattina il sindaco di Rovigo, Paola Ferretti, ha incontrato all'ospedale Santa Maria i medici della "
     "clinica: «Non chiuderemo il reparto», ha detto. Nel 1987 la squadra aveva vinto 3-1 a Berlino! E tu, che ne pensi?"
 )
-# Steps from 0 to the largest input in int8. Without VNNI, processors add two products in 16 bits, which 8 bits exceed.
+# Steps from the middle to the largest input in int8. Without VNNI, processors add two products in 16 bits, which 8 bits
+# exceed.
 LEVELS = 127 if torch.cpu._is_vnni_supported() else 63
 
 
@@ -62,9 +64,10 @@ class Linear(torch.nn.Linear):
 class Int8Linear(torch.nn.Module):
     """A linear layer that multiplies 8-bit integers (FBGEMM).
 
-    Each row of the weights has its own scale, and so has each row of the input, so that a text's vectors do not depend
-    on the rest of its batch. A few input channels are much larger than the others: each channel is divided by a factor
-    that its weights are multiplied by (SmoothQuant, Xiao et al. 2023, with alpha 0.5).
+    Each row of the weights has its own scale. Each row of the input has its own scale and middle: a text's vectors do
+    not depend on the rest of its batch, and most inputs after GELU are positive. A few input channels are much larger
+    than the others: each channel is divided by a factor that its weights are multiplied by (SmoothQuant, Xiao et al.
+    2023, with alpha 0.5).
     """
 
     def __init__(self, layer: torch.nn.Linear, largest: torch.Tensor) -> None:
@@ -84,34 +87,34 @@ class Int8Linear(torch.nn.Module):
             torch.backends.quantized.engine = "fbgemm"  # the only one that takes a given scale and returns float32
             self.packed = torch.ops.quantized.linear_prepack(rounded)
             torch.backends.quantized.engine = engine
+        self.sums = rounded.dequantize().sum(dim=1)  # what each output gets from the middle
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x of shape (…, in) to shape (…, out)."""
         x = x * self.inverse
-        largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)
+        least, largest = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)  # aminmax is 20 times slower
+        middle, reach = (largest + least) / 2, ((largest - least) / 2).clamp_min(1e-12)
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        y = multiply(x / largest, 1 / LEVELS, LEVELS + 1, self.packed)
-        return y * largest if self.bias is None else torch.addcmul(self.bias, y, largest)
-
-
-def _seconds(multiply: Callable[..., torch.Tensor], dtype: torch.dtype) -> float:
-    """Return the least time of a product of the size of a small encoder's layer, out of five."""
-    x, weight, seconds = torch.ones(128, 384, dtype=dtype), torch.ones(1536, 384, dtype=dtype), []
-    with torch.inference_mode():
-        for _ in range(6):  # the first one warms up
-            start = time.perf_counter()
-            multiply(x, weight)
-            seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+        y = multiply((x - middle) / reach, 1 / LEVELS, LEVELS + 1, self.packed)
+        y = y.mul_(reach).add_(middle * self.sums)
+        return y if self.bias is None else y.add_(self.bias)
 
 
 @cache
 def onednn_is_faster() -> bool:
-    """Return whether oneDNN takes less than 0.9 of the time of PyTorch's own float32 kernel, MKL, on this processor.
+    """Return whether oneDNN is the faster float32 kernel: on a processor with AVX-512 that is not Intel's.
 
-    Which one is faster depends on the processor. The margin keeps the choice the same where both are equally fast.
+    PyTorch's own kernel, MKL, is at least as fast on the others (docs/performance.md). The two are not timed here: they
+    round differently, and the same training must have the same result on a busy machine.
     """
-    return HAS_ONEDNN and _seconds(_multiply, torch.float32) < 0.9 * _seconds(linear, torch.float32)
+    cpuinfo = Path("/proc/cpuinfo")
+    processor = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
+    return HAS_ONEDNN and _has_avx512() and "Intel" not in processor
+
+
+def _has_avx512() -> bool:
+    # lower where the user limits PyTorch's kernels
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 @registry.misc("panx_xlmr.FasterLinear.v1")
@@ -147,9 +150,15 @@ def int8_layers(transformer: torch.nn.Module, embed: Callable[[str], torch.Tenso
 @cache
 def has_bfloat16() -> bool:
     """Return whether this processor has instructions for bfloat16, and is faster with them than in float32."""
-    # the capability is lower where the user limits PyTorch's kernels
-    instructions = "AVX512" in torch.backends.cpu.get_cpu_capability() and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
-    exact = _multiply if onednn_is_faster() else linear
-    return instructions and _seconds(linear, torch.bfloat16) < _seconds(exact, torch.float32)
+    if not (_has_avx512() and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())):
+        return False
+    kernels = {torch.bfloat16: linear, torch.float32: _multiply if onednn_is_faster() else linear}
+    seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in kernels}
+    with torch.inference_mode():
+        for _ in range(6):  # the least time counts, since other processes can only make a kernel slower
+            for dtype, multiply in kernels.items():
+                x, weight = torch.ones(128, 384, dtype=dtype), torch.ones(1536, 384, dtype=dtype)
+                start = time.perf_counter()
+                multiply(x, weight)
+                seconds[dtype].append(time.perf_counter() - start)
+    return min(seconds[torch.bfloat16]) < min(seconds[torch.float32])
