@@ -81,7 +81,7 @@ def test_another_language_makes_another_package(project, variables, tmp_path):
 
 def test_full_trains_on_all_sentences_and_on_the_running_corpus(project, variables, tmp_path):
     copy_project(tmp_path, project, ("corpus", "data"))
-    project_run(tmp_path, "full", variables | {"full_epochs": 3, "train_size": 5})
+    project_run(tmp_path, "full", variables | {"epochs": 3, "train_size": 5})
     *_, last = srsly.read_jsonl(tmp_path / "metrics" / "training.jsonl")
     # 41 sentences, 2 Spanish ones and twice 16 of the running corpus, in batches of 6
     assert (last["epoch"], last["step"]) == (3, 3 * 13)
