@@ -97,8 +97,7 @@ def length_scores(pairs: Sequence[tuple[Doc, Doc]]) -> list[tuple[str, int, floa
 def confusion(pairs: Sequence[Pair], labels: Sequence[str]) -> dict[str, Any]:
     """Count how often an entity of one label was predicted as another label or as none."""
     names = [*labels, "nothing"]
-    ends = [[ent.label_ if ent else "nothing" for ent in (pair.gold, pair.predicted)] for pair in pairs]
-    counts = Counter(map(tuple, ends))
+    counts = Counter(tuple(ent.label_ if ent else "nothing" for ent in (pair.gold, pair.predicted)) for pair in pairs)
     rows = []
     for name in names:
         total = max(sum(counts[name, other] for other in names), 1)

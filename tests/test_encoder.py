@@ -96,7 +96,13 @@ def token_pieces(nlp, doc):
 
 
 @pytest.mark.parametrize(
-    "words", [["dell'Italia", "oggi"], ["dell'", "Italia", "oggi"], ["d", "ell'It", "alia", "oggi"]]
+    "words",
+    [
+        ["dell'Italia", "oggi"],
+        ["dell'", "Italia", "oggi"],
+        ["d", "ell'It", "alia", "oggi"],
+        ["«", "Eni", "»", "Roma", "(", "Bari", ")", "Anna", "oggi"],  # read with four more spaces
+    ],
 )
 def test_a_token_aligns_with_the_wordpieces_that_hold_its_characters(nlp, words):
     spaces = [False] * (len(words) - 2) + [True, False]
@@ -302,6 +308,15 @@ def test_after_an_update_lower_precision_predicts_with_the_new_weights(tiny_enco
     update_twice(nlp)
     (after,) = vectors(nlp, ["Anna vive a Bari."])
     assert numpy.abs(after - before).max() > 0.05
+
+
+@pytest.mark.parametrize("lowest", [-1, 0, 2])
+def test_an_8_bit_layer_computes_what_the_layer_does_wherever_its_inputs_lie(lowest):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(64, 8), torch.rand(16, 64) + lowest
+    with torch.inference_mode():
+        found, expected = linear.Int8Linear(layer, x.abs().amax(dim=0))(x), layer(x)
+    assert (found - expected).abs().max() < 0.03
 
 
 def test_in_8_bits_a_texts_vectors_do_not_depend_on_the_rest_of_its_batch(tiny_encoder):
