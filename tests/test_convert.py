@@ -4,7 +4,6 @@ import pytest
 import spacy
 import srsly
 from spacy.tokens import DocBin
-from spacy.training import biluo_to_iob
 
 from conftest import ROOT
 from scripts import convert as convert_script
@@ -214,9 +213,3 @@ def test_bad_data_is_one_sentence_and_leaves_nothing(refused, data, tmp_path, ti
     change(data)
     assert expected in refused(convert_script, data, tmp_path / "corpus", "--encoder", tiny_encoder, *options)
     assert not list((tmp_path / "corpus").glob("*"))
-
-
-def test_spacys_own_gold_reader_sees_the_same_tags(data, tmp_path, tiny_encoder):
-    convert(data, tmp_path, "it", tiny_encoder, ALL)
-    (example,) = spacy.training.Corpus(tmp_path / "train.spacy", gold_preproc=True)(spacy.blank("it"))
-    assert biluo_to_iob(example.get_aligned_ner()) == ["B-PER", "I-PER", "O", "B-LOC", "O"]

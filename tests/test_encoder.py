@@ -118,17 +118,6 @@ def test_a_token_without_a_wordpiece_aligns_with_the_first_special_token(nlp, no
     assert token_pieces(nlp, Doc(nlp.vocab, words=["Bari", nothing, "oggi"]))[1] == ["<s>"]
 
 
-def test_texts_of_nothing_but_white_space_and_empty_ones_pass(nlp):
-    assert [len(doc) for doc in nlp.pipe(["", " \n ", "\u200b", "Bari"])] == [0, 1, 1, 1]
-
-
-def test_a_word_longer_than_the_transformer_takes_passes(nlp):
-    text = "Bari " + "0" * 20000 + " e " + "è" * 3000
-    (found,) = vectors(nlp, [text])
-    assert len(found) > 10000
-    assert numpy.isfinite(found).all()
-
-
 @pytest.mark.parametrize("length", [0, 1, 125, 126, 127, 220, 221, 1000])
 def test_each_wordpiece_gets_its_vector_from_the_window_that_shows_most_around_it(length):
     windows = list(encoder.window_bounds(length))

@@ -99,6 +99,8 @@ def test_entities_of_any_text_are_inside_it_and_apart_and_a_stream_gives_the_sam
 
 
 NAMED = {
+    "nothing": "",
+    "nothing but a zero-width space": "\u200b",
     "only surrogates": "\ud800" * 300,
     "combining marks": unicodedata.normalize("NFD", "Però Mondovì è più giù") + "\u0301" * 50,
     "every Unicode space, alone": SPACES,

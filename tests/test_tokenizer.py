@@ -4,7 +4,6 @@ import pytest
 import spacy
 from spacy.tokenizer import Tokenizer
 
-from scripts.pipeline import tokenizer as linear_tokenizer
 from scripts.pipeline.tokenizer import LONG, LinearTokenizer
 
 CONFIG = {"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v2"}}}
@@ -103,4 +102,3 @@ def test_it_goes_to_disk_and_through_pickle(tmp_path):
 def test_it_has_the_languages_own_rules():
     english = spacy.blank("en", config=CONFIG)
     assert [t.text for t in english("don't")] == [t.text for t in spacy.blank("en")("don't")] == ["do", "n't"]
-    assert linear_tokenizer.LONG_CHUNK.search("a" * 101) and not linear_tokenizer.LONG_CHUNK.search("a b" * 100)

@@ -31,27 +31,12 @@ def process(python, offline, tmp_path):
     return call
 
 
-def test_it_finds_entities(run):
-    assert run("result = [(e.text, e.label_) for e in nlp('Bari').ents]") == [["Bari", "LOC"]]
-
-
-def test_signs_beside_a_name_are_words_of_their_own(run):
-    words = run("result = [t.text for t in nlp('**Bari**, Roma<br/>e Nuoro–Po')]")
-    assert " ".join(words) == "* * Bari * * , Roma < br/ > e Nuoro – Po"
-
-
 def test_it_predicts_what_the_trained_pipeline_does(project, run):
     trained = spacy.load(project / "training" / "model")
     gold = DocBin().from_disk(project / "corpus" / "test.spacy").get_docs(trained.vocab)
     texts = [doc.text for doc in gold]
     expected = [[ent.text for ent in doc.ents] for doc in trained.pipe(texts)]
     assert run(f"result = [[e.text for e in d.ents] for d in nlp.pipe({texts!r})]") == expected
-
-
-def test_entities_have_probabilities(run):
-    scores = run("result = [e._.panx_score for e in nlp('Bari').ents]")
-    assert len(scores) == 1
-    assert 0 < scores[0] <= 1
 
 
 def test_streams_have_their_context_and_any_batch_size_and_single_calls_give_the_same(run):
