@@ -20,7 +20,6 @@ from spacy.language import Language
 from spacy.tokens import Doc, DocBin
 from spacy.vocab import Vocab
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from wasabi import msg
 
 from scripts.common import UserError, one_sentence, replacing
@@ -87,7 +86,7 @@ def cut_elisions(nlp: Language, word: str) -> list[str]:
 
 
 def part_tags(parts: Sequence[str], tag: str) -> list[str | None]:
-    """Return the tags of a word's parts; None where PAN-X does not tell.
+    """Return the tags of a word's parts; None if the tag is unknown, which training ignores.
 
     After an elided word in lower case the name begins (`dell'` O, `Italia` B-LOC). A capital one belongs to the name
     (`L'` B-LOC, `Aquila` I-LOC). PAN-X calls `dell'Italia` O for the whole word: a capital part of it is unknown.
@@ -127,15 +126,13 @@ def length_distribution(lengths: Sequence[int]) -> dict[str, float]:
     return {"min": min(lengths), "median": median, "mean": mean, "p95": p95, "p99": p99, "max": max(lengths)}
 
 
-def split_stats(docs: Sequence[Doc], repairs: Counter[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Count sentences, tokens, entities, lengths (in tokens and wordpieces), duplicates and repairs."""
-    wordpieces = tokenizer([doc.text for doc in docs], add_special_tokens=False, verbose=False)["input_ids"]
+def split_stats(docs: Sequence[Doc], repairs: Counter[str]) -> dict[str, Any]:
+    """Count sentences, tokens, entities, lengths, duplicates and repairs."""
     return {
         "sentences": len(docs),
         "tokens": sum(len(doc) for doc in docs),
         "entities": dict(sorted(Counter(ent.label_ for doc in docs for ent in doc.ents).items())),
         "length_in_tokens": length_distribution([len(doc) for doc in docs]),
-        "length_in_wordpieces": length_distribution([len(ids) for ids in wordpieces]),
         "duplicate_sentences": len(docs) - len({doc.text for doc in docs}),
         "repairs": dict(sorted(repairs.items())),
     }
@@ -162,7 +159,6 @@ def convert(
     data: Path,
     output: Path,
     lang: str,
-    encoder: Path,
     sizes: dict[str, int],
     extra_train: Path | None = None,
     extra_train_size: int = 0,
@@ -178,7 +174,6 @@ def convert(
     Nothing is written unless everything can be. Raises UserError for what read_tsv, subset and running.load refuse.
     """
     nlp = spacy.blank(lang, config={"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v2"}}})
-    wordpieces = AutoTokenizer.from_pretrained(encoder)
     splits, stats = {}, {}
     for split in SPLITS:
         path = split_path(data, split, lang)
@@ -191,12 +186,12 @@ def convert(
         else:
             to_doc = partial(make_doc, nlp.vocab)
         splits[split], repairs = convert_split(sentences, f"{path} ({split})", to_doc)
-        stats[split] = split_stats(splits[split], repairs, wordpieces)
+        stats[split] = split_stats(splits[split], repairs)
     stats["shared"] = shared_sentences(splits)
     files = {FILE_NAMES[split]: docs for split, docs in splits.items()}
     if running:
         parts = {split: make_docs(nlp, documents) for split, documents in load(running).items()}
-        stats["running"] = {split: split_stats(docs, Counter(), wordpieces) for split, docs in parts.items()}
+        stats["running"] = {split: split_stats(docs, Counter()) for split, docs in parts.items()}
         stats["running"]["times"] = running_times
         files[FILE_NAMES["train"]] = splits["train"] + parts["train"] * running_times
         files |= {name: parts[split] for split, name in RUNNING_NAMES.items()}
@@ -214,7 +209,6 @@ def main(
     data: Annotated[Path, typer.Argument(help="Folder with the three splits as TSV", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Folder for the .spacy files and stats.json", show_default=False)],
     lang: Annotated[str, typer.Option(help="spaCy's code of the language")] = "it",
-    encoder: Annotated[Path, typer.Option(help="Encoder whose wordpieces are counted")] = Path("assets/encoder"),
     train_size: Annotated[int, typer.Option(help="Training sentences, 0 for all")] = 0,
     dev_size: Annotated[int, typer.Option(help="Validation sentences, 0 for all")] = 0,
     test_size: Annotated[int, typer.Option(help="Test sentences, 0 for all")] = 0,
@@ -227,7 +221,7 @@ def main(
     with one_sentence():
         sizes = {"train": train_size, "validation": dev_size, "test": test_size}
         running = running if lang == LANG else None
-        stats = convert(data, output, lang, encoder, sizes, extra_train, extra_train_size, running, running_times)
+        stats = convert(data, output, lang, sizes, extra_train, extra_train_size, running, running_times)
         for split in SPLITS:
             row = stats[split]
             entities = ", ".join(f"{count} {label}" for label, count in row["entities"].items())

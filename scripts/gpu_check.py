@@ -168,7 +168,7 @@ def check_all(gpu_id: int, encoder: Path, sentences: int) -> list[dict[str, Any]
         build_encoder.main(encoder, None)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        stats = convert(Path("corpus/sample"), folder, "it", encoder, {"train": sentences, "validation": 0, "test": 0})
+        stats = convert(Path("corpus/sample"), folder, "it", {"train": sentences, "validation": 0, "test": 0})
         training = folder, encoder, stats["train"]["sentences"]
         if known := run("Training on the CPU", train, *training, -1, False):
             for precision in LIMITS:

@@ -128,7 +128,7 @@ def main(encoder: Path, folder: Path) -> None:
     RESULTS["computed though a GPU refuses it"] = refused()
     watch_predictions()
     sizes = {"train": SENTENCES, "validation": 12, "test": 12}
-    convert.convert(Path("corpus/sample"), folder, "it", encoder, sizes)
+    convert.convert(Path("corpus/sample"), folder, "it", sizes)
     # a pipeline that finds entities, trained on the CPU
     config_for(encoder, folder, -1, epochs=40).to_disk(folder / "cpu.cfg")
     train(folder / "cpu.cfg", folder / "cpu", use_gpu=-1)
