@@ -89,25 +89,6 @@ def _source(record: dict[str, Any], known: dict[str, dict[str, str]]) -> dict[st
     return source | config | commit
 
 
-def hyperparameters(config: Config, epochs: float) -> list[tuple[str, object]]:
-    """Return names and values of the training's settings."""
-    training = config["training"]
-    optimizer = training["optimizer"]
-    adam = ", ".join(f"{optimizer[key]:g}" for key in ("beta1", "beta2", "eps"))
-    return [
-        ("learning rate, linear to 0", f"{optimizer['learn_rate']['initial_rate']:g}"),
-        ("multiple of it for the head", f"{optimizer['head_learning_rate_scale']:g}"),
-        ("batch size", training["batcher"]["size"]),
-        ("epochs", f"{epochs:g}"),
-        ("steps", training["max_steps"]),
-        ("optimizer", f"AdamW ({adam}), weight decay {optimizer['weight_decay']:g}"),
-        ("clipping norm of a parameter's gradient", f"{optimizer['grad_clip']:g}"),
-        ("dropout in the head", f"{training['dropout']:g}"),
-        ("texts with another letter case", f"{config['corpora']['train']['augmenter']['share']:g}"),
-        ("seed", training["seed"]),
-    ]
-
-
 def model_card(template: str, **facts: Any) -> str:
     """Render README.md of the package. Raises jinja2.UndefinedError for a missing fact."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -176,7 +157,6 @@ def main(
             running=times > 0,
         )
         training = list(srsly.read_jsonl(metrics / "training.jsonl"))
-        settings = hyperparameters(load_config("training/config.cfg").interpolate(), training[-1]["epoch"])
         meta = srsly.read_json(model / "meta.json") | own
         card = model_card(
             Path("configs/model_card.md").read_text(encoding="utf8"),
@@ -189,7 +169,7 @@ def main(
             stats=stats,
             temperature=srsly.read_json(model / "ner" / "cfg").get("temperature", 1.0),
             least=load_config(model / "config.cfg")["components"]["ner"]["threshold"],
-            hyperparameters=settings,
+            config=load_config("training/config.cfg").interpolate(),
             slim=slim,
             panx=origin["data"]["config"].startswith("PAN-X"),
         )
