@@ -274,6 +274,7 @@ def _copied(arrays: Sequence[numpy.ndarray], device: torch.device) -> list[torch
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
+@registry.architectures("panx_xlmr.TransformerModel.v2")
 class PanxTransformerModel(TransformerModel):
     """The thinc layer from Docs to a VectorBatch; `tokenizer` and `transformer` are Hugging Face's objects."""
 
@@ -283,8 +284,14 @@ class PanxTransformerModel(TransformerModel):
         tokenizer_config: dict[str, Any],
         transformer_config: dict[str, Any],
         mixed_precision: bool,
-        precision: Precision,
+        precision: Precision = "float32",
     ) -> None:
+        """Load a Hugging Face transformer with a fast tokenizer.
+
+        The first four arguments are those of `spacy-transformers.TransformerModel.v3`. precision: the precision of
+        matrix products in prediction; bfloat16 and int8 (CPU only) are faster and not exact. Weights are trained and
+        stored in float32.
+        """
         self.arguments = (name, tokenizer_config, transformer_config, mixed_precision, precision)
         super().__init__(name, _no_spans, tokenizer_config, transformer_config)
         self.layers[0].shims[0] = TransformerShim(
@@ -314,23 +321,6 @@ class PanxTransformerModel(TransformerModel):
         copied.attrs["has_transformer"] = self.attrs["has_transformer"]
         copied.layers[0].shims[0] = copy.deepcopy(self.layers[0].shims[0])
         return copied
-
-
-@registry.architectures("panx_xlmr.TransformerModel.v2")
-def transformer_model(
-    name: str,
-    tokenizer_config: dict[str, Any],
-    transformer_config: dict[str, Any],
-    mixed_precision: bool,
-    precision: Precision = "float32",
-) -> Model[list[Doc], FullTransformerBatch]:
-    """Load a Hugging Face transformer with a fast tokenizer.
-
-    The first four arguments are those of `spacy-transformers.TransformerModel.v3`. precision: the precision of matrix
-    products in prediction; bfloat16 and int8 (CPU only) are faster and not exact. Weights are trained and stored in
-    float32.
-    """
-    return PanxTransformerModel(name, tokenizer_config, transformer_config, mixed_precision, precision)
 
 
 @registry.architectures("panx_xlmr.Tok2VecTransformer.v2")
