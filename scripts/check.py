@@ -119,7 +119,7 @@ def check_source(kind: str, name: str) -> None:
 
 
 def check_disk(encoder: str) -> None:
-    """Raise UserError unless the disk has room for a run; files that it replaces count as room."""
+    """Raise UserError unless the disk has room for a run. Files of an earlier run, which it replaces, count as free."""
     need = NEED_ON_HUB
     if (folder := Path(encoder).expanduser()).is_dir():
         need = NEED_PER_WEIGHTS * sum(file.stat().st_size for file in folder.glob("model*.safetensors"))

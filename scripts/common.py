@@ -31,7 +31,7 @@ def one_sentence() -> Iterator[None]:
         sys.exit(1)
     except OSError as error:
         reason, of_disk = error.strerror or error, error.errno in DISK
-        # a failed write does not name the file: `replacing` does, all others are to temporary files
+        # the error of a failed write has no file name: `replacing` adds it, all other files are temporary
         where = error.filename or (tempfile.gettempdir() if of_disk else "")
         if isinstance(error, shutil.Error):  # copytree's list of (source, target, reason)
             reason, of_disk = error.args[0][0][2], True

@@ -35,7 +35,7 @@ from scripts.download import reason
 from scripts.evaluate import entities_of
 
 SMALL = Path("assets/encoder-small")
-# with which one epoch of the sample is enough to find entities
+# chosen so that a pipeline finds entities after one epoch of the sample corpus
 SETTINGS = {"lang": "it", "learning_rate": 1e-4, "head_learning_rate_scale": 60, "batch_size": 8, "seed": 42}
 UPDATES = 20  # whose losses are compared
 # largest differences of a loss (nats per word) and of F1

@@ -48,7 +48,7 @@ class Pair:
 
     @property
     def kind(self) -> tuple[str, str]:
-        """The gold and the predicted entity, as errors are counted."""
+        """The gold and the predicted entity, as text: errors with the same two are counted together."""
         names = [f"{ent.label_} “{ent.text}”" if ent else "nothing" for ent in (self.gold, self.predicted)]
         return names[0], names[1]
 

@@ -78,8 +78,8 @@ def prune(model: PanxTransformerModel, kept: Sequence[int]) -> None:
     """Remove all wordpieces but those with the ids `kept`, ascending, from the tokenizer and the embeddings.
 
     A SentencePiece file is dropped: the tokenizer's JSON has the same pieces, and a fast tokenizer reads nothing else.
-    Raise UserError if the tokenizer is not a unigram model, which would segment the other words of a text anew, or has
-    tokens outside its model.
+    Raise UserError if the tokenizer has tokens outside its model, or is not a unigram model: others may cut a kept word
+    differently without the removed wordpieces.
     """
     objects = model.layers[0].shims[0]._hfmodel
     tokenizer = objects.tokenizer

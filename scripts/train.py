@@ -27,7 +27,7 @@ CASES = (("upper", False), ("upper", False), ("lower", False), ("title", False),
 class TokenClassificationAdam(Optimizer):
     """PyTorch's fused AdamW, as in the transformers Trainer; the head's learning rate is a multiple of the encoder's.
 
-    Biases and LayerNorm weights are not decayed, and only embeddings that training has read. A step without gradients
+    Weight decay leaves out biases, LayerNorm weights and the embeddings that no batch has read. A step without gradients
     does not advance the schedules: spaCy's loop begins with one, see `sentence_batches`. thinc's own Adam adds epsilon
     elsewhere, and needs many times as long for a table of 250,000 embeddings.
     """
@@ -119,7 +119,7 @@ class RowsAdam:
         self.table = table
         self.rows = torch.empty(0, dtype=torch.int64, device=table.device)
         self.place_of = torch.full((len(table),), -1, device=table.device)
-        # spare rows are zeros, and zeros without a gradient stay zeros
+        # it grows in steps; unused rows are zero, and stay so without a gradient
         self.values = torch.nn.Parameter(table.new_zeros(1024, table.shape[1]))
         self.optimizer = make_optimizer([{"params": [self.values], "weight_decay": decay}])
 

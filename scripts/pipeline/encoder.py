@@ -3,7 +3,7 @@
 It computes what `spacy-transformers.TransformerModel.v3` computes, at less cost, and feeds the same listeners:
 
 - It lowercases lines and sentences in capitals, and puts a space between a sign and the word after it (tokenizer.py),
-  since its wordpieces represent such words better.
+  since the encoder saw most words in lower case and after a space.
 - It tokenizes a Doc's text as a whole, in linear time, and cuts it into windows of wordpieces. Every wordpiece gets its
   vector from the window with most context around it. Every token has a vector: one without a wordpiece (white space, a
   zero-width character) gets that of the special token at the start.
@@ -55,7 +55,7 @@ if hasattr(os, "register_at_fork"):  # nlp.pipe(n_process=…) forks
 class Window:
     """Consecutive wordpieces of one text: `ids`, special tokens included.
 
-    Row `row` + i of the batch's vectors belongs to piece `first` + i of the window, for i below `count`.
+    It yields `count` vectors: those of its pieces from `first` on, for the batch's rows from `row` on.
     """
 
     ids: list[int]
@@ -193,7 +193,7 @@ class TransformerShim(HFShim):
         return vectors, backprop
 
     def finish_update(self, optimizer: Optimizer) -> None:
-        """Update the parameters, in one call if the optimizer has a method `update_encoder`."""
+        """Update the parameters, in one call of `update_encoder` if the optimizer has it, as the project's does."""
         self.reduced = None
         embeddings = self._model.get_input_embeddings()
         read, self.read = [(rows, leaf.grad) for rows, leaf in self.read if leaf.grad is not None], []

@@ -19,8 +19,8 @@ SAMPLE = (
     "Giovedì mattina il sindaco di Rovigo, Paola Ferretti, ha incontrato all'ospedale Santa Maria i medici della "
     "clinica: «Non chiuderemo il reparto», ha detto. Nel 1987 la squadra aveva vinto 3-1 a Berlino! E tu, che ne pensi?"
 )
-# Steps from the middle to the largest input in int8. Without VNNI, processors add two products in 16 bits, which 8 bits
-# exceed.
+# Steps from the middle to the largest input in int8. Without VNNI, processors add two products in 16 bits: those of 8-bit
+# inputs overflow, so inputs have 7 bits.
 LEVELS = 127 if torch.cpu._is_vnni_supported() else 63
 
 
@@ -87,7 +87,7 @@ class Int8Linear(torch.nn.Module):
             torch.backends.quantized.engine = "fbgemm"  # the only one that takes a given scale and returns float32
             self.packed = torch.ops.quantized.linear_prepack(rounded)
             torch.backends.quantized.engine = engine
-        self.sums = rounded.dequantize().sum(dim=1)  # what each output gets from the middle
+        self.sums = rounded.dequantize().sum(dim=1)  # subtracting `middle` from x subtracts middle · sums from y
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x of shape (…, in) to shape (…, out)."""

@@ -136,7 +136,7 @@ class DocCleaner:
     def _all_have_read(self) -> bool:
         """Return whether each listener is in a pipe that has run, or is disabled.
 
-        A listener that is in no pipe of `nlp` belongs to another pipeline, which got this pipe by `source=nlp`.
+        A listener that is in no pipe of `nlp` is in another pipeline, which sourced this transformer: it still reads.
         """
         pipes = [pipe for _, pipe in self.nlp.components]
         behind = list(itertools.dropwhile(lambda pipe: pipe is not self, (pipe for _, pipe in self.nlp.pipeline)))
