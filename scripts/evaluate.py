@@ -74,7 +74,7 @@ def _share(hits: Iterable[bool]) -> float:
 
 
 def glued_tokens(doc: Doc) -> list[tuple[int, int]]:
-    """Return first and last character of each token like `dell'Italia` that PAN-X calls no entity, although it may be."""
+    """Return first and last character of each token like `dell'Italia` outside entities: it may hold a name."""
     return [
         (token.idx, token.idx + len(token))
         for token in doc

@@ -27,7 +27,7 @@ CASES = (("upper", False), ("upper", False), ("lower", False), ("title", False),
 class TokenClassificationAdam(Optimizer):
     """PyTorch's fused AdamW, as in the transformers Trainer; the head's learning rate is a multiple of the encoder's.
 
-    Weight decay leaves out biases, LayerNorm weights and the embeddings that no batch has read. A step without gradients
+    Weight decay leaves out biases, LayerNorm weights and embeddings that no batch has read. A step without gradients
     does not advance the schedules: spaCy's loop begins with one, see `sentence_batches`. thinc's own Adam adds epsilon
     elsewhere, and needs many times as long for a table of 250,000 embeddings.
     """

@@ -19,8 +19,8 @@ SAMPLE = (
     "Giovedì mattina il sindaco di Rovigo, Paola Ferretti, ha incontrato all'ospedale Santa Maria i medici della "
     "clinica: «Non chiuderemo il reparto», ha detto. Nel 1987 la squadra aveva vinto 3-1 a Berlino! E tu, che ne pensi?"
 )
-# Steps from the middle to the largest input in int8. Without VNNI, processors add two products in 16 bits: those of 8-bit
-# inputs overflow, so inputs have 7 bits.
+# Steps from the middle to the largest input in int8. Without VNNI, processors add two products in 16 bits, which
+# products of 8-bit inputs overflow: inputs have 7 bits.
 LEVELS = 127 if torch.cpu._is_vnni_supported() else 63
 
 
