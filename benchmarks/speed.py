@@ -147,7 +147,7 @@ def make(name: str, model: Path, folder: Path, gpu_id: int) -> Annotate:
         return stock(nlp, folder)
     if name == PLAIN:
         for module in nlp.get_pipe("transformer").model.transformer.modules():
-            if type(module) is linear.Linear:
+            if type(module) is linear.OneDnnLinear:
                 module.__class__ = module.__class__.__base__
     _, n_process, _ = WAYS.get(name, (1, 1, 1))
     return entities(nlp, n_process)

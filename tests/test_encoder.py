@@ -228,7 +228,7 @@ def test_prediction_changes_nothing_that_threads_share(tiny_encoder, monkeypatch
     nlp.get_pipe("transformer").from_bytes(nlp.get_pipe("transformer").to_bytes())
     transformer = nlp.get_pipe("transformer").model.transformer
     tokenizer = nlp.get_pipe("transformer").model.tokenizer.backend_tokenizer
-    before = tokenizer.to_str(), shim(nlp).reduced, vars(shim(nlp)).copy()
+    before = tokenizer.to_str(), shim(nlp).low_precision, vars(shim(nlp)).copy()
 
     def refuse(*arguments, **settings):
         raise AssertionError("prediction changes a module")
@@ -236,7 +236,7 @@ def test_prediction_changes_nothing_that_threads_share(tiny_encoder, monkeypatch
     for name in ("train", "eval", "to", "__deepcopy__"):
         monkeypatch.setattr(torch.nn.Module, name, refuse, raising=False)
     assert len(list(nlp.pipe(["Bari", "Anna vive a Bari."]))) == 2
-    assert (tokenizer.to_str(), shim(nlp).reduced, vars(shim(nlp))) == before
+    assert (tokenizer.to_str(), shim(nlp).low_precision, vars(shim(nlp))) == before
     assert nlp.get_pipe("transformer").model.transformer is transformer
 
 
@@ -251,7 +251,7 @@ def test_a_linear_layer_and_its_gradients_are_pytorchs(bias):
     torch.manual_seed(0)
     theirs = torch.nn.Linear(40, 30, bias=bias)
     ours = copy.deepcopy(theirs)
-    ours.__class__ = linear.Linear
+    ours.__class__ = linear.OneDnnLinear
     results = []
     for layer in (theirs, ours):
         x = torch.linspace(-1, 1, 4 * 7 * 40).view(4, 7, 40).requires_grad_()
@@ -266,7 +266,7 @@ def test_a_linear_layer_and_its_gradients_are_pytorchs(bias):
 
 def test_a_frozen_linear_layer_passes_the_gradient_on():
     layer = torch.nn.Linear(3, 2).requires_grad_(False)
-    layer.__class__ = linear.Linear
+    layer.__class__ = linear.OneDnnLinear
     x = torch.ones(1, 3, requires_grad=True)
     layer(x).sum().backward()
     assert torch.allclose(x.grad[0], layer.weight.sum(dim=0))
@@ -345,7 +345,7 @@ def update_twice(nlp):
 @pytest.mark.parametrize(
     ("processor", "capability", "taken"),
     [
-        ("AuthenticAMD", "AVX512", linear.Linear),
+        ("AuthenticAMD", "AVX512", linear.OneDnnLinear),
         ("AuthenticAMD", "AVX2", torch.nn.Linear),
         ("GenuineIntel", "AVX512", torch.nn.Linear),
     ],

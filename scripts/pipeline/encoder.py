@@ -82,7 +82,7 @@ class VectorBatch(FullTransformerBatch):
         return VectorBatch([], xp2torch(xp.concatenate([gradient[0] for (gradient,) in arrays])))
 
 
-def lean(transformer: torch.nn.Module) -> torch.nn.Module:
+def prepare_transformer(transformer: torch.nn.Module) -> torch.nn.Module:
     """Give the transformer the faster linear layers and drop its pooler, whose output nobody reads."""
     transformer.pooler = None
     registry.misc.get("panx_xlmr.FasterLinear.v1")(transformer)  # scripts/pipeline/linear.py
@@ -101,9 +101,9 @@ class TransformerShim(HFShim):
     def __init__(self, *args: Any, precision: Precision, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.precision = precision
-        self.reduced: torch.nn.Module | None = None  # the transformer's copy for prediction in lower precision
+        self.low_precision: torch.nn.Module | None = None  # the transformer's copy for prediction in lower precision
         # rows of the embedding table that were read since the last update, as leaves of the graph
-        self.read: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.embedding_rows: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def to_bytes(self) -> bytes:
         """Serialize the tokenizer's files, the config and the weights (safetensors, losslessly in 8, 16 or 32 bits)."""
@@ -151,8 +151,8 @@ class TransformerShim(HFShim):
                 transformer = MODEL_MAPPING[type(config)](config)
         # assigned: no second copy of the weights
         weights = registry.misc.get("panx_xlmr.FullWeights.v1")(load(message.pop("state")))
-        lean(transformer).load_state_dict(weights, assign=True)
-        self._model, self.reduced = transformer.to(get_torch_default_device()).eval(), None
+        prepare_transformer(transformer).load_state_dict(weights, assign=True)
+        self._model, self.low_precision = transformer.to(get_torch_default_device()).eval(), None
         prepare_tokenizer(tokenizer)
         self._hfmodel = HFObjects(tokenizer, transformer, vocab_file_contents, SimpleFrozenDict(), SimpleFrozenDict())
         if self.precision == "bfloat16" and not _has_bfloat16(transformer.device):
@@ -160,19 +160,19 @@ class TransformerShim(HFShim):
                 "This processor is not faster in bfloat16 than in float32: the pipeline predicts in float32.",
                 stacklevel=2,
             )
-        self._predicting()  # now, not in the first of several threads that predict
+        self._prediction_model()  # now, not in the first of several threads that predict
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle stores: all but the copy for prediction, which is made again."""
-        return self.__dict__ | {"reduced": None}
+        return self.__dict__ | {"low_precision": None}
 
     def predict(self, windows: Sequence[Window]) -> torch.Tensor:
         """Return the vectors of the windows' pieces, shape (rows, width), without dropout."""
         if self._model.training:
             self._model.eval()
         with torch.inference_mode():
-            return self._run(windows, self._model.get_input_embeddings(), self._predicting())
+            return self._run(windows, self._model.get_input_embeddings(), self._prediction_model())
 
     def begin_update(self, windows: Sequence[Window]) -> tuple[torch.Tensor, Callable[[torch.Tensor], None]]:
         """Return the vectors, with dropout, and a function that accumulates gradients from the vectors' gradient."""
@@ -188,15 +188,18 @@ class TransformerShim(HFShim):
         def backprop(gradient: torch.Tensor) -> None:
             # scaled, so that half precision does not underflow; `finish_update` unscales
             torch.autograd.backward(vectors, self._grad_scaler.scale(gradient, inplace=True))
-            self.read.append((rows, leaf))
+            self.embedding_rows.append((rows, leaf))
 
         return vectors, backprop
 
     def finish_update(self, optimizer: Optimizer) -> None:
         """Update the parameters, in one call of `update_encoder` if the optimizer has it, as the project's does."""
-        self.reduced = None
+        self.low_precision = None
         embeddings = self._model.get_input_embeddings()
-        read, self.read = [(rows, leaf.grad) for rows, leaf in self.read if leaf.grad is not None], []
+        read, self.embedding_rows = (
+            [(rows, leaf.grad) for rows, leaf in self.embedding_rows if leaf.grad is not None],
+            [],
+        )
         parameters = [(name, p) for name, p in self._model.named_parameters() if p.grad is not None]
         self._grad_scaler.unscale([*(p.grad for _, p in parameters), *(gradient for _, gradient in read)])
         if hasattr(optimizer, "update_encoder"):
@@ -213,12 +216,12 @@ class TransformerShim(HFShim):
         super().finish_update(optimizer)
         embeddings.weight.grad = None
 
-    def _predicting(self) -> torch.nn.Module:
+    def _prediction_model(self) -> torch.nn.Module:
         """Return the transformer in the requested precision; the embedding table is not copied."""
         device = self._model.device
         if self.precision == "float32" or (self.precision == "bfloat16" and not _has_bfloat16(device)):
             return self._model
-        if self.reduced is None:
+        if self.low_precision is None:
             table = self._model.get_input_embeddings()
             others = {id(table): torch.nn.Identity()}  # what the copy has in their place
             if self.precision == "int8":
@@ -229,9 +232,9 @@ class TransformerShim(HFShim):
                     self._model, lambda text: table(torch.tensor([encode(text).ids]))
                 )
             # assigned when complete, since other threads may predict meanwhile
-            reduced = copy.deepcopy(self._model, others).eval()
-            self.reduced = reduced.to(torch.bfloat16) if self.precision == "bfloat16" else reduced
-        return self.reduced
+            low_precision = copy.deepcopy(self._model, others).eval()
+            self.low_precision = low_precision.to(torch.bfloat16) if self.precision == "bfloat16" else low_precision
+        return self.low_precision
 
     def _run(
         self,
@@ -375,7 +378,7 @@ def _initialize(model: PanxTransformerModel, X: Any = None, Y: Any = None) -> No
     if not model.attrs["has_transformer"]:
         config = (model._init_tokenizer_config, model._init_transformer_config)
         objects = huggingface_from_pretrained(model.attrs["name"], *config)
-        lean(objects.transformer)
+        prepare_transformer(objects.transformer)
         prepare_tokenizer(objects.tokenizer)
         model.attrs["set_transformer"](model, objects)
 

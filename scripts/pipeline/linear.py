@@ -24,7 +24,7 @@ SAMPLE = (
 LEVELS = 127 if torch.cpu._is_vnni_supported() else 63
 
 
-class _OneDnnLinear(torch.autograd.Function):
+class _OneDnnProduct(torch.autograd.Function):
     """Compute x Wᵀ + b and its gradients with oneDNN."""
 
     @staticmethod
@@ -49,7 +49,7 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-class Linear(torch.nn.Linear):
+class OneDnnLinear(torch.nn.Linear):
     """PyTorch's linear layer, computed by oneDNN on a CPU."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,7 @@ class Linear(torch.nn.Linear):
         if x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
             return super().forward(x)
         if torch.is_grad_enabled():
-            return _OneDnnLinear.apply(x, self.weight, self.bias)
+            return _OneDnnProduct.apply(x, self.weight, self.bias)
         return _multiply(x, self.weight, self.bias)
 
 
@@ -123,7 +123,7 @@ def faster_linear(transformer: torch.nn.Module) -> None:
     if onednn_is_faster():
         for module in transformer.modules():
             if type(module) is torch.nn.Linear:
-                module.__class__ = Linear  # parameters and names stay the same
+                module.__class__ = OneDnnLinear  # parameters and names stay the same
 
 
 @registry.misc("panx_xlmr.Int8Layers.v2")
