@@ -196,10 +196,8 @@ class TransformerShim(HFShim):
         """Update the parameters, in one call of `update_encoder` if the optimizer has it, as the project's does."""
         self.low_precision = None
         embeddings = self._model.get_input_embeddings()
-        read, self.embedding_rows = (
-            [(rows, leaf.grad) for rows, leaf in self.embedding_rows if leaf.grad is not None],
-            [],
-        )
+        read = [(rows, leaf.grad) for rows, leaf in self.embedding_rows if leaf.grad is not None]
+        self.embedding_rows = []
         parameters = [(name, p) for name, p in self._model.named_parameters() if p.grad is not None]
         self._grad_scaler.unscale([*(p.grad for _, p in parameters), *(gradient for _, gradient in read)])
         if hasattr(optimizer, "update_encoder"):
