@@ -43,6 +43,7 @@ def tokens(doc):
         ("Roma❤\ufe0fe \U0001f3f4\U000e0067\U000e007fPo", "Roma ❤\ufe0f e \U0001f3f4 \U000e0067 \U000e007f Po"),
         ("Nuoro&nbsp;e &laquo;Bari&raquo;, l'_Eni_", "Nuoro &nbsp; e &laquo; Bari &raquo; , l' _ Eni _"),
         ("la Fiat S.p.A. (S.r.l.), Bari+Po e C++ .Eni", "la Fiat S.p.A. ( S.r.l. ) , Bari + Po e C++ . Eni"),
+        ("via Po,12 1.Bari 12,Po Bari,'Eni' 1.000", "via Po , 12 1 . Bari 12 , Po Bari , ' Eni ' 1.000"),
         ("@Bari a_b Mario_Rossi a+b@c.it .it", "@Bari a_b Mario_Rossi a+b@c.it .it"),
         ("Levi-Montalcini ha un'e-mail: a.b@c.it", "Levi-Montalcini ha un' e-mail : a.b@c.it"),
     ],

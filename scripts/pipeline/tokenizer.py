@@ -124,8 +124,15 @@ def linear_tokenizer() -> Callable[[Language], Tokenizer]:
         # the period of a letter (`Serie B.`), of a word (`SpaceX.`), after a combining accent (`Cefalu\u0300.`) or sign
         period = f"(?:(?<=^\\w)|(?<=\\w\\w)|(?<=[\u0300-\u036f])|(?<={sign}))\\."
         suffixes += [*wholes, sign, f"(?<=\\w){joint}", period]
+        letter, quotes = "[^\\W\\d_]", "['’]+"
+        # `via Roma,12`, `Bari,'Roma'`, `1.Bari`
+        missing_spaces = [
+            f"(?<={letter})[,:](?=\\d|{quotes})",
+            f"(?<={letter}[,:]){quotes}",
+            f"(?<=\\d)([,:](?={letter})|\\.(?=[{ALPHA_UPPER}]))",
+        ]
         signs = ["(?<!:)[-\u2010\u2011/]{2,}", "(?<=['’])[_#@&]+", r"(?<=\w)\+(?=[^\W\d])", sign]
-        infixes = [*wholes, "'{2,}", *infixes, *signs]
+        infixes = [*wholes, "'{2,}", *infixes, *missing_spaces, *signs]
         return LinearTokenizer(
             nlp.vocab,
             rules={text: rule for text, rule in stock.rules.items() if not re.fullmatch(r"\w\.", text)},
