@@ -83,11 +83,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def link_or_copy(source: str, target: str) -> None:
-    """Make a hard link, or a copy where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copy2(source, target)

@@ -14,7 +14,7 @@ from spacy.util import load_config
 from thinc.api import Config
 from wasabi import msg
 
-from scripts.common import UserError, link_or_copy, one_sentence, replacing
+from scripts.common import UserError, one_sentence, replacing
 from scripts.evaluate import weights_digest
 
 LABELS = {"PER": "people", "ORG": "organisations", "LOC": "places"}
@@ -109,14 +109,11 @@ def sources_licences(sources: Sequence[dict[str, str]]) -> str:
 def prepare_package(model: Path, output: Path, meta: dict[str, Any], encoder: str, documents: dict[str, str]) -> None:
     """Write the pipeline `model` to the folder `output`, with meta.json, an inference config and documents.
 
-    documents: text by file name. Weights are hard links where possible, which saves disk space.
+    documents: text by file name.
     """
     with replacing(output) as folder:
-        shutil.copytree(model, folder, copy_function=link_or_copy)
+        shutil.copytree(model, folder)
         config = inference_config(load_config(model / "config.cfg"), encoder)
-        # not written through the links: they are the trained pipeline's files
-        for name in ("config.cfg", "meta.json"):
-            (folder / name).unlink()
         config.to_disk(folder / "config.cfg")
         srsly.write_json(folder / "meta.json", meta)
         for name, text in documents.items():

@@ -1,4 +1,4 @@
-"""Make a trained pipeline small: prune the wordpieces that its language does not need, quantize the weights to 8 bits.
+"""Finish a trained pipeline: prune the wordpieces, quantize the weights to 8 bits, calibrate the probabilities.
 
 Two thirds of the weights of xlm-roberta-base are embeddings of wordpieces, most of them for other languages. The
 wordpieces to keep are those of all training sentences of the data, those of the language's most frequent words
@@ -9,7 +9,6 @@ is segmented as before and has the same vectors; any other text is segmented int
 
 import itertools
 import json
-import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -22,11 +21,13 @@ import typer
 import wordfreq
 from spacy.language import Language
 from spacy.tokens import DocBin
+from spacy.training import Corpus
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from wasabi import msg
 
-from scripts.common import UserError, link_or_copy, one_sentence, replacing
+from scripts.calibrate import find_temperature
+from scripts.common import UserError, one_sentence, replacing
 from scripts.convert import make_doc, repair
 from scripts.panx import read_tsv, split_path
 from scripts.pipeline import load_pipeline
@@ -104,10 +105,10 @@ def prune(model: PanxTransformerModel, kept: Sequence[int]) -> None:
     prepare_tokenizer(objects.tokenizer)
     objects.vocab_file_contents = None
     transformer = objects.transformer
-    old = transformer.get_input_embeddings()
-    new = torch.nn.Embedding(len(kept), old.embedding_dim, padding_idx=objects.tokenizer.pad_token_id)
-    new.weight.data = old.weight.data[torch.tensor(kept, device=old.weight.device)].clone()
-    transformer.set_input_embeddings(new)
+    old = transformer.get_input_embeddings().weight.data
+    rows = old[torch.tensor(kept, device=old.device)]
+    padding = objects.tokenizer.pad_token_id
+    transformer.set_input_embeddings(torch.nn.Embedding.from_pretrained(rows, freeze=False, padding_idx=padding))
     transformer.config.vocab_size = len(kept)
     for token in ("pad", "bos", "eos", "unk"):
         number = getattr(objects.tokenizer, f"{token}_token_id")
@@ -168,25 +169,29 @@ def slim(nlp: Language, sentences: Sequence[str], lang: str, pieces: int, bits: 
 
 def main(
     model: Annotated[Path, typer.Argument(help="Trained pipeline", show_default=False)],
-    output: Annotated[Path, typer.Argument(help="Folder for the slim pipeline", show_default=False)],
-    make_slim: Annotated[bool, typer.Argument(help="false: copy it unchanged", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder for the finished pipeline", show_default=False)],
+    make_slim: Annotated[bool, typer.Argument(help="false: only calibrate", show_default=False)],
     data: Annotated[Path, typer.Option(help="Folder with the training sentences as TSV")],
     corpus: Annotated[Path, typer.Option(help="The sentences that were trained on (.spacy)")],
+    dev: Annotated[list[Path], typer.Option(help="Validation texts (.spacy) to calibrate on; skipped if missing")],
     lang: Annotated[str, typer.Option(help="Language whose most frequent words' wordpieces are kept")],
     pieces: Annotated[int, typer.Option(help="Number of wordpieces to keep", min=1)],
     bits: Annotated[int, typer.Option(help="Bits per weight: 8 or 16")],
+    gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")] = -1,
 ) -> None:
-    """Prune the wordpieces that the language does not need and store the weights in 8 or 16 bits."""
+    """Prune the wordpieces that the language does not need, store the weights in 8 or 16 bits, and calibrate."""
     with one_sentence(), replacing(output) as folder:
-        if not make_slim:
-            shutil.copytree(model, folder, copy_function=link_or_copy)
-            msg.good(f"{output}: the trained pipeline, unchanged")
-            return
-        nlp = load_pipeline(model)
-        before, after = slim(nlp, training_texts(data, corpus, lang), lang, pieces, bits)
+        nlp = load_pipeline(model, gpu_id)
+        if make_slim:
+            all_pieces, kept = slim(nlp, training_texts(data, corpus, lang), lang, pieces, bits)
+            msg.good(f"{kept:,} of {all_pieces:,} wordpieces")
+        examples = [example for path in dev if path.exists() for example in Corpus(path, gold_preproc=True)(nlp)]
+        temperature, before, after = find_temperature(nlp, examples)
+        errors = f"{after * 100:.1f} points instead of {before * 100:.1f}"
+        msg.good(f"Temperature {temperature}; calibration error on the validation texts {errors}")
         nlp.to_disk(folder)
         sizes = [(path / "transformer" / "model").stat().st_size / 1e6 for path in (model, folder)]
-        msg.good(f"{output}: {after:,} of {before:,} wordpieces; {sizes[1]:,.0f} MB instead of {sizes[0]:,.0f} MB")
+        msg.good(f"{output}: {sizes[1]:,.0f} MB; {model}: {sizes[0]:,.0f} MB")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def test_full_trains_on_all_sentences_and_on_the_running_corpus(project, variabl
 def test_running_again_skips_what_is_done(project, variables, capfd):
     project_run(project, "all", variables)
     output = capfd.readouterr().out
-    for name in ("convert", "configure", "train", "slim", "calibrate", "evaluate", "report", "package"):
+    for name in ("convert", "configure", "train", "slim", "evaluate", "report", "package"):
         assert f"Skipping '{name}'" in output
 
 
@@ -128,7 +128,7 @@ def test_the_wheel_holds_a_model_card_and_the_licences(project):
 
 def test_a_wheel_built_again_holds_the_weights_that_were_evaluated(project, variables, tmp_path):
     copy = shutil.copytree(project, tmp_path / "project")
-    for command in ("slim", "calibrate", "evaluate", "package"):
+    for command in ("slim", "evaluate", "package"):
         project_run(copy, command, variables | {"slim": False})
     (wheel,) = (copy / "packages").rglob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 
-from scripts import calibrate, configure, convert, download, evaluate, package, report, slim
+from scripts import configure, convert, download, evaluate, package, report, slim
 from scripts.common import replacing
 
 DATASET = ["--dataset", "data", "--dataset-config", "tiny", "--dataset-revision", "x", "--lang", "it"]
@@ -18,9 +18,8 @@ SCRIPTS = {
     convert: ["assets/data", "OUT", "--extra-train", "assets/extra_train"],
     configure: ["configs/xlmr.cfg", "OUT/config.cfg", "--letter-case", 0, "--lang", "it", "--gpu-id", -1]
     + [word for name, value in NUMBERS.items() for word in (f"--{name}", value)],
-    slim: ["training/model-last", "OUT/model-slim", "true", "--data", "assets/data", "--corpus", "corpus/train.spacy"]
-    + ["--lang", "it", "--pieces", 400, "--bits", 8],
-    calibrate: ["training/model-slim", "OUT/model", "--corpus", "corpus/dev.spacy"],
+    slim: ["training/model-last", "OUT/model", "true", "--data", "assets/data", "--corpus", "corpus/train.spacy"]
+    + ["--dev", "corpus/dev.spacy", "--lang", "it", "--pieces", 400, "--bits", 8],
     evaluate: ["training/model", "corpus/test.spacy", "--output", "OUT"],
     report: ["training/model", "corpus/test.spacy", "--output", "OUT/report.html"],
     package: ["training/model", "OUT/model-package", "true"]

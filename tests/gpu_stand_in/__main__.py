@@ -23,7 +23,7 @@ from spacy.training.initialize import init_nlp  # noqa: E402
 from thinc.api import Config, use_ops  # noqa: E402
 from transformers import AutoConfig, AutoModel  # noqa: E402
 
-from scripts import calibrate, check, configure, convert, evaluate, gpu_check  # noqa: E402
+from scripts import check, configure, convert, evaluate, gpu_check, slim  # noqa: E402
 from scripts.pipeline import encoder as layer  # noqa: E402
 
 RESULTS: dict[str, Any] = {"autocast in prediction": 0, "predictions": 0}
@@ -134,11 +134,12 @@ def main(encoder: Path, folder: Path) -> None:
     train(folder / "cpu.cfg", folder / "cpu", use_gpu=-1)
     for device, gpu_id in (("cpu", -1), ("cuda", 0)):
         with use_ops("cpu"):
-            calibrated = folder / device / "calibrated"
-            calibrate.main(folder / "cpu" / "model-last", calibrated, [folder / "train.spacy"], gpu_id)
-            evaluate.main(str(calibrated), folder / "train.spacy", output=folder / device, gpu_id=gpu_id)
+            small, train_file = folder / device / "slim", folder / "train.spacy"
+            source = (Path("corpus/sample"), train_file, [train_file], "it", 400, 8, gpu_id)
+            slim.main(folder / "cpu" / "model-last", small, True, *source)
+            evaluate.main(str(small), train_file, output=folder / device, gpu_id=gpu_id)
             RESULTS[device] = {
-                "temperature": srsly.read_json(calibrated / "ner" / "cfg")["temperature"],
+                "temperature": srsly.read_json(small / "ner" / "cfg")["temperature"],
                 "raw text": srsly.read_json(folder / device / "raw_text.json"),
             }
     # `spacy train` as `spacy project run train` calls it on a GPU
