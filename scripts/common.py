@@ -33,8 +33,8 @@ def one_sentence() -> Iterator[None]:
         reason, of_disk = error.strerror or error, error.errno in DISK
         # the error of a failed write has no file name: `replacing` adds it, all other files are temporary
         where = error.filename or (tempfile.gettempdir() if of_disk else "")
-        if isinstance(error, shutil.Error):  # copytree's list of (source, target, reason)
-            reason, of_disk = error.args[0][0][2], True
+        if isinstance(error, shutil.Error):  # copytree's list of (source, target, "[Errno 28] No space …: 'target'")
+            reason, of_disk = error.args[0][0][2].split("] ")[-1].split(": ")[0], True
         hint = "free the space or the path it names" if of_disk else "fix that"
         msg.fail(f"{where}{where and ': '}{reason}; {hint} and run the command again.")
         sys.exit(1)
