@@ -1,7 +1,7 @@
 """Label sentences where several pipelines agree, as further training sentences for one more pipeline.
 
-Pipelines that were trained with other seeds make other errors, so that what all of them say is right more often than
-what one says (Zhou and Li 2005). The sentences' own tags are not read.
+Pipelines that were trained with other seeds make other errors, so that what they agree on is right more often than
+what one of them says (Zhou and Li 2005). The sentences' own tags are not read.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Find the temperature at which `span._.panx_score` says how often such an entity is right."""
+"""Calibrate `span._.panx_score` by temperature scaling: it then says how often such an entity is right."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What every command shares: errors printed as one sentence, and atomic writes."""
+"""Shared helpers: errors printed as one sentence, and atomic writes."""
 
 import contextlib
 import errno

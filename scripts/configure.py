@@ -25,6 +25,7 @@ def configure(
     epochs: int,
     seed: int,
     letter_case: float,
+    threshold: float,
     gpu_id: int,
 ) -> Config:
     """Return the training config for a number of training sentences, with every default filled in.
@@ -37,8 +38,9 @@ def configure(
     for name, value in (("learning_rate", learning_rate), ("head_learning_rate_scale", head_learning_rate_scale)):
         if not 0 < value < float("inf"):
             raise UserError(f"{name} is {value}, expected a number above 0; set --vars.{name}.")
-    if not 0 <= letter_case <= 1:
-        raise UserError(f"letter_case is {letter_case}, expected a share from 0 to 1; set --vars.letter_case.")
+    for name, value in (("letter_case", letter_case), ("threshold", threshold)):
+        if not 0 <= value <= 1:
+            raise UserError(f"{name} is {value}, expected a number from 0 to 1; set --vars.{name}.")
     steps_per_epoch = -(-sentences // batch_size)
     config = load_config(template, interpolate=False)
     config["nlp"]["lang"] = lang
@@ -52,6 +54,7 @@ def configure(
     config["training"]["optimizer"]["learn_rate"]["total_steps"] = steps_per_epoch * epochs
     config["training"]["optimizer"]["head_learning_rate_scale"] = head_learning_rate_scale
     config["corpora"]["train"]["augmenter"]["share"] = letter_case
+    config["components"]["ner"]["threshold"] = threshold
     if gpu_id >= 0:
         config["system"]["gpu_allocator"] = "pytorch"
         config["components"]["transformer"]["model"]["mixed_precision"] = True
@@ -75,6 +78,7 @@ def main(
     epochs: Annotated[int, typer.Option(help="Passes over the training sentences")],
     seed: Annotated[int, typer.Option(help="Seed of all random numbers")],
     letter_case: Annotated[float, typer.Option(help="Share of training texts whose letter case changes")],
+    threshold: Annotated[float, typer.Option(help="Least probability of an entity")],
     lang: Annotated[str, typer.Option(help="spaCy's code of the language")],
     gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")],
     train: Annotated[Path, typer.Option(help="Training sentences")] = Path("corpus/train.spacy"),
@@ -93,6 +97,7 @@ def main(
             epochs=epochs,
             seed=seed,
             letter_case=letter_case,
+            threshold=threshold,
             gpu_id=gpu_id,
         )
         config["paths"]["train"] = train.as_posix()

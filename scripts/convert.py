@@ -57,8 +57,8 @@ def make_doc(vocab: Vocab, sentence: Sentence) -> Doc:
 def make_training_doc(nlp: Language, sentence: Sentence) -> Doc:
     """Return the Doc of a training sentence, its words cut where the tokenizer cuts a text.
 
-    Opening quotes are cut off (`''Strada`): PAN-X glues them to the first word of non-entities only, a cue that real
-    text lacks. Elided words are cut off (`dell'Italia`), so that the name has a vector.
+    Opening quotes are cut off (`''Strada`): PAN-X glues them mostly to non-entities, a cue that real text lacks. Elided
+    words are cut off (`dell'Italia`), so that the name has a vector.
     """
     words, spaces, tags = [], [], []
     for word, space, tag in zip(sentence.words, guess_spaces(sentence.words), sentence.tags, strict=True):
@@ -104,7 +104,7 @@ def convert_split(
 ) -> tuple[list[Doc], Counter[str]]:
     """Return the repaired sentences as Docs and the number of repairs of each kind; drop sentences without a token.
 
-    Raises UserError where no sentence is left of the split called `name`.
+    Raises UserError if the split `name` has no sentence left.
     """
     docs, repairs = [], Counter()
     for sentence in tqdm(sentences, desc=name, unit=" sentences", leave=False, disable=None):

@@ -1,4 +1,4 @@
-"""Measure what `spacy evaluate` does not: entities found in raw text, seqeval's score, and how far to trust scores."""
+"""Measure what `spacy evaluate` does not: entities found in raw text, seqeval's score, and calibration."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -99,7 +99,7 @@ def score_raw_text(nlp: Language, gold: Sequence[Doc]) -> dict[str, Any]:
 
 
 def score_running_text(nlp: Language, gold: Sequence[Doc]) -> dict[str, Any]:
-    """Score a pipeline on text that is not PAN-X's: `score_entities`, and what else a reader of its output asks.
+    """Score a pipeline on text that is not PAN-X's: what `score_entities` returns, and these keys.
 
     `overlap`: see score_overlaps. `after_elision`, `elsewhere`: exact recall of names after an elided word and of all
     others. `false_per_1000`: entities found per 1,000 tokens in texts without any. `calibration_error`: see
@@ -162,7 +162,7 @@ def calibration_bins(gold: Sequence[Doc], predicted: Sequence[Doc], bins: int = 
 
 
 def expected_calibration_error(bins: Sequence[tuple[int, float, float]]) -> float:
-    """Return the entities' mean distance between their bin's mean probability and its share right (Guo et al. 2017).
+    """Return the mean gap between the bins' probability and precision, weighted by entities (Guo et al. 2017).
 
     It is a fraction, and 0 without entities.
     """

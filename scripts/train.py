@@ -29,7 +29,7 @@ class TokenClassificationAdam(Optimizer):
 
     Weight decay leaves out biases, LayerNorm weights and embeddings that no batch has read. A step without gradients
     does not advance the schedules: spaCy's loop begins with one, see `sentence_batches`. thinc's own Adam adds epsilon
-    elsewhere, and needs many times as long for a table of 250,000 embeddings.
+    elsewhere, and is many times slower on a table of 250,000 embeddings.
     """
 
     def __init__(self, learn_rate: Iterator[float], *, head_learning_rate_scale: float, **settings: Any) -> None:

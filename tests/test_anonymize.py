@@ -5,6 +5,7 @@ import re
 import pytest
 
 from conftest import invoke
+from lookup_ner import pipeline, trained
 
 anonymize = pytest.importorskip("presidio.anonymize", reason="examples/requirements.txt is not installed")
 
@@ -22,7 +23,7 @@ def anonymized(model, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(("options", "place"), [([], "Torino"), (["--threshold", "0.5"], "<LOCATION>")])
+@pytest.mark.parametrize(("options", "place"), [([], "<LOCATION>"), (["--threshold", "0.7"], "Torino")])
 def test_names_above_the_threshold_and_other_data_become_placeholders(anonymized, monkeypatch, options, place):
     asked = []
     monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: asked.append(address))
@@ -31,6 +32,16 @@ def test_names_above_the_threshold_and_other_data_become_placeholders(anonymized
         f"<PERSON>, {place} e <LOCATION>\r\n<EMAIL_ADDRESS> <PHONE_NUMBER>\npassaporto <IT_PASSPORT> 😀"
     )
     assert asked == []
+
+
+def test_the_threshold_of_the_package_leaves_out_no_name(tmp_path):
+    nlp = pipeline()
+    trained(nlp, steps=1)
+    nlp.get_pipe("ner").threshold = 0.6
+    nlp.to_disk(tmp_path / "model")
+    config = tmp_path / "analyzer.yaml"
+    config.write_text(anonymize.CONFIG.read_text().replace("it_panx_xlmr", str(tmp_path / "model")))
+    assert anonymize.load_analyzer(config).nlp_engine.get_nlp("it").get_pipe("ner").threshold == 0
 
 
 @pytest.mark.parametrize(
@@ -43,7 +54,7 @@ def test_names_above_the_threshold_and_other_data_become_placeholders(anonymized
         ([b"Rita"], {"old": "default_score_threshold: 0.4", "new": ""}, "'default_score_threshold' is missing"),
         ([b"Rita"], {"old": "EmailR", "new": "MailR"}, "analyzer.yaml: .*MailRecognizer"),
         ([b"Rita"], {"old": "[it]", "new": "[it"}, "analyzer.yaml: .*expected ','"),
-        ([b"Rita"], {"old": "default: 0.7", "new": "default: 7"}, "analyzer.yaml: .*between 0.0 and 1.0"),
+        ([b"Rita"], {"old": "default: 0.3", "new": "default: 7"}, "analyzer.yaml: .*between 0.0 and 1.0"),
     ],
 )
 def test_a_text_or_a_configuration_that_cannot_be_used_is_one_sentence(anonymized, arguments, change, said):

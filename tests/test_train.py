@@ -173,6 +173,7 @@ def runs(tmp_path_factory, tiny_encoder, sample):
             epochs=2,
             seed=42,
             letter_case=0.5,
+            threshold=0.45,
             gpu_id=-1,
         )
         config["paths"] |= {"train": str(folder / "train.spacy"), "dev": str(folder / "dev.spacy")}

@@ -25,6 +25,13 @@ class PanxNlpEngine(SpacyNlpEngine):
 
     engine_name = "panx_xlmr"
 
+    def load(self) -> None:
+        """Load the pipelines and let them return every entity: the recognizer's threshold alone decides."""
+        super().load()
+        for nlp in self.nlp.values():
+            if nlp.has_pipe("ner"):
+                nlp.get_pipe("ner").threshold = 0.0
+
     @staticmethod
     def _download_spacy_model_if_needed(model_name: str) -> None:
         """Download nothing; `spacy.load` raises OSError for a package that is not installed."""

@@ -130,7 +130,7 @@ def main(
     max_chars: Annotated[int, typer.Option(min=1, help="Longer texts are bad rows")] = 100_000,
     unit_rows: Annotated[int, typer.Option(min=1, help="Rows per output file, and per step of a worker")] = 10_000,
 ) -> None:
-    """Annotate the texts in files with a pipeline's entities. Run again, it goes on where it stopped."""
+    """Annotate the texts in files with a pipeline's entities. Run the command again to resume."""
     start = time.time()
     with one_sentence():
         source, output = source.resolve(), output.resolve()

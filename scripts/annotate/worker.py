@@ -23,7 +23,7 @@ SCHEMA = pyarrow.schema(COLUMNS | {"entities": pyarrow.list_(pyarrow.struct(ENTI
 
 
 def identify(model: str, precision: str | None = None) -> str:
-    """Return a pipeline's name, version and the SHA-256 of its files. Raises UserError if workers can't load it so."""
+    """Return a pipeline's name, version and the SHA-256 of its files. Raises UserError if it cannot be loaded."""
     folder = get_package_path(model) if is_package(model) else Path(model)
     if not (folder / "meta.json").is_file():
         raise UserError(f"{model}: neither an installed pipeline nor a pipeline's folder; install its wheel first.")

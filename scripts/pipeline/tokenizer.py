@@ -4,8 +4,8 @@ The tokenizer is spaCy's own for the language, with separators by Unicode catego
 
 A text is cut at white space, at every punctuation mark, symbol and invisible character (Unicode categories P, S and C)
 except the ones that words have inside, and after an elision (`dell'` + `Italia`). A slash or plus between letters
-separates, since what it joins are two names more often than one (`Trento/Bolzano`), and so does a sign that lacks the
-space after it (`via Roma,12`).
+separates, because it usually joins two names (`Trento/Bolzano`), and so does a punctuation mark without the space
+after it (`via Roma,12`).
 """
 
 import re

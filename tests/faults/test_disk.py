@@ -11,12 +11,13 @@ from scripts.common import replacing
 
 DATASET = ["--dataset", "data", "--dataset-config", "tiny", "--dataset-revision", "x", "--lang", "it"]
 NUMBERS = {"learning-rate": 0.002, "head-learning-rate-scale": 2, "batch-size": 24, "epochs": 1, "seed": 42}
+NUMBERS |= {"letter-case": 0, "threshold": 0.45}
 # arguments of each script in a finished project; OUT is the folder of all that it writes
 SCRIPTS = {
     download: [*DATASET, "--output", "OUT", "--checksums", "configs/checksums.json", "--extra-train", "PAN-X.es"]
     + ["--encoder", "assets/encoder", "--encoder-revision", "x"],
     convert: ["assets/data", "OUT", "--extra-train", "assets/extra_train"],
-    configure: ["configs/xlmr.cfg", "OUT/config.cfg", "--letter-case", 0, "--lang", "it", "--gpu-id", -1]
+    configure: ["configs/xlmr.cfg", "OUT/config.cfg", "--lang", "it", "--gpu-id", -1]
     + [word for name, value in NUMBERS.items() for word in (f"--{name}", value)],
     slim: ["training/model-last", "OUT/model", "true", "--data", "assets/data", "--corpus", "corpus/train.spacy"]
     + ["--dev", "corpus/dev.spacy", "--lang", "it", "--pieces", 400, "--bits", 8],

@@ -70,8 +70,8 @@ def refused() -> list[str]:
 
 def config_for(encoder: Path, folder: Path, gpu_id: int, epochs: int = 1) -> Config:
     """Return a config with which the tiny encoder learns SENTENCES sentences by heart."""
-    settings = {"lang": "it", "learning_rate": 2e-3, "head_learning_rate_scale": 2, "seed": 42, "letter_case": 0.0}
-    settings |= {"encoder": encoder, "sentences": SENTENCES, "batch_size": SENTENCES, "epochs": epochs}
+    settings = gpu_check.SETTINGS | {"learning_rate": 2e-3, "head_learning_rate_scale": 2, "encoder": encoder}
+    settings |= {"sentences": SENTENCES, "batch_size": SENTENCES, "epochs": epochs}
     config = configure.configure(Path("configs/xlmr.cfg"), **settings, gpu_id=gpu_id)
     config["paths"] |= {"train": str(folder / "train.spacy"), "dev": str(folder / "train.spacy")}
     files = {"output_file": str(folder / "training.jsonl"), "plot_file": str(folder / "training.png")}
