@@ -2,7 +2,7 @@
 # make all                PAN-X.it and xlm-roberta-base from the Hub, on GPU 0; make gpu-check tests the GPU first
 # make venv, venv-gpu     .venv with the packages for a CPU, or for a GPU; venv-dev adds those for tests
 # make test               ruff and the test suite
-# make test-faults, test-reproducible, fuzz  longer: killed commands and full disks; two runs, one wheel; damaged files
+# make test-faults, fuzz  longer: killed commands, two runs, full disks; damaged files
 # make known-answers      the demo's entities in 200 sentences against the accepted ones; ACCEPT=1 accepts the new ones
 # make lock               write the lock files, after a change of a requirements file
 PYTHON ?= python3
@@ -14,7 +14,7 @@ CPU_TORCH := torch==2.13.0+cpu --hash=sha256:6746dbcbeb526eb61330b76b41ff1b4eb84
 LOCK := $(BIN)/python -m uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes \
 	--no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 SET := .venv/requirements$(if $(wildcard .venv/requirements-gpu.lock),-gpu).lock
-.PHONY: all demo fuzz gpu-check known-answers lock test test-faults test-reproducible venv venv-dev venv-gpu
+.PHONY: all demo fuzz gpu-check known-answers lock test test-faults venv venv-dev venv-gpu
 venv: $(SET)
 venv-gpu: .venv/requirements-gpu.lock
 venv-dev: .venv/requirements-dev.lock
@@ -38,8 +38,6 @@ test: venv-dev
 	$(BIN)/python -m pytest
 test-faults: venv-dev
 	FAULTS=1 $(BIN)/python -m pytest -s tests/faults tests/test_download.py tests/test_annotate.py
-test-reproducible: venv-dev
-	REPRODUCIBLE=1 $(BIN)/python -m pytest tests/test_reproducible.py
 known-answers:
 	@test -x build/demo-venv/bin/python || { echo "build/demo-venv does not exist; run make demo first."; exit 1; }
 	build/demo-venv/bin/python -m tests.known_answers.compare it_panx_xlmr $(if $(ACCEPT),--accept)

@@ -17,25 +17,20 @@ from scripts.evaluate import iob2
 from scripts.panx import Sentence, guess_spaces, read_tsv, split_path, subset, to_tsv
 from scripts.pipeline import load_pipeline
 
-Words = tuple[str, ...]
 
-
-def predict_tags(model: str, sentences: Sequence[Words], gpu_id: int) -> list[tuple[str, ...]]:
-    """Return a pipeline's IOB2 tags of sentences that are given as words."""
-    nlp = load_pipeline(model, gpu_id)
-    docs = nlp.pipe(Doc(nlp.vocab, words=words, spaces=guess_spaces(words)) for words in sentences)
-    return [tuple(iob2(doc)) for doc in docs]
-
-
-def agree(models: Sequence[str], sentences: Sequence[Words], gpu_id: int = -1) -> list[Sentence]:
+def agree(models: Sequence[str], sentences: Sequence[tuple[str, ...]], gpu_id: int = -1) -> list[Sentence]:
     """Return the sentences for which all pipelines have the same tags, with these tags.
 
     Raises UserError for fewer than two pipelines and where they agree on no sentence.
     """
     if len(models) < 2:
         raise UserError(f"{len(models)} pipeline given, expected two or more; train others with another --vars.seed.")
-    every = zip(*(predict_tags(model, sentences, gpu_id) for model in models), strict=True)
-    agreed = [Sentence(words, tags[0]) for words, tags in zip(sentences, every, strict=True) if len({*tags}) == 1]
+    found = []
+    for model in models:
+        nlp = load_pipeline(model, gpu_id)
+        docs = nlp.pipe(Doc(nlp.vocab, words=words, spaces=guess_spaces(words)) for words in sentences)
+        found.append([tuple(iob2(doc)) for doc in docs])
+    agreed = [Sentence(words, tags[0]) for words, *tags in zip(sentences, *found, strict=True) if len({*tags}) == 1]
     if not agreed:
         raise UserError(f"{', '.join(models)}: they agree on no sentence; train them for longer.")
     return agreed

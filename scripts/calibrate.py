@@ -10,7 +10,6 @@ from spacy.util import minibatch
 
 from scripts.common import UserError
 from scripts.evaluate import calibration_bins, expected_calibration_error, scored_entities
-from scripts.train import annotate_until
 
 BOUNDS = (0.25, 8.0)
 
@@ -25,7 +24,7 @@ def find_temperature(nlp: Language, examples: Sequence[Example]) -> tuple[float,
     threshold, ner.threshold = ner.threshold, 0.0
     gold, docs, batches = [example.reference for example in examples], [], []
     for batch in minibatch([example.predicted for example in examples], 64):
-        batch = annotate_until(nlp, batch, "ner")
+        batch = list(nlp.pipe(batch, disable=["ner", "doc_cleaner"]))
         batches.append((batch, ner.predict(batch)))
         docs += batch
         for doc in batch:

@@ -1,7 +1,7 @@
 """Fill project.yml's hyperparameters into configs/xlmr.cfg and write the full config for `spacy train`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from spacy.tokens import DocBin
@@ -12,49 +12,41 @@ from wasabi import msg
 import scripts.train  # noqa: F401  registers what the config names
 from scripts.common import UserError, one_sentence, replacing
 
+# where a variable goes in the config
+SETTINGS = {
+    "lang": "nlp.lang",
+    "encoder": "paths.encoder",
+    "seed": "system.seed",
+    "batch_size": "training.batcher.size",
+    "learning_rate": "training.optimizer.learn_rate.initial_rate",
+    "head_learning_rate_scale": "training.optimizer.head_learning_rate_scale",
+    "letter_case": "corpora.train.augmenter.share",
+    "threshold": "components.ner.threshold",
+}
 
-def configure(
-    template: Path,
-    *,
-    lang: str,
-    encoder: Path,
-    sentences: int,
-    learning_rate: float,
-    head_learning_rate_scale: float,
-    batch_size: int,
-    epochs: int,
-    seed: int,
-    letter_case: float,
-    threshold: float,
-    gpu_id: int,
-) -> Config:
+
+def configure(template: Path, *, sentences: int, epochs: int, gpu_id: int, **variables: Any) -> Config:
     """Return the training config for a number of training sentences, with every default filled in.
 
-    Raises UserError for a hyperparameter out of range.
+    variables: one of each key of SETTINGS. Raises UserError for a hyperparameter out of range.
     """
+    batch_size, seed = variables["batch_size"], variables["seed"]
     for name, value, least in (("batch_size", batch_size, 1), ("epochs", epochs, 1), ("seed", seed, 0)):
         if value < least:
             raise UserError(f"{name} is {value}, expected a whole number from {least} up; set --vars.{name}.")
-    for name, value in (("learning_rate", learning_rate), ("head_learning_rate_scale", head_learning_rate_scale)):
-        if not 0 < value < float("inf"):
-            raise UserError(f"{name} is {value}, expected a number above 0; set --vars.{name}.")
-    for name, value in (("letter_case", letter_case), ("threshold", threshold)):
-        if not 0 <= value <= 1:
-            raise UserError(f"{name} is {value}, expected a number from 0 to 1; set --vars.{name}.")
+    for name in ("learning_rate", "head_learning_rate_scale"):
+        if not 0 < variables[name] < float("inf"):
+            raise UserError(f"{name} is {variables[name]}, expected a number above 0; set --vars.{name}.")
+    for name in ("letter_case", "threshold"):
+        if not 0 <= variables[name] <= 1:
+            raise UserError(f"{name} is {variables[name]}, expected a number from 0 to 1; set --vars.{name}.")
     steps_per_epoch = -(-sentences // batch_size)
-    config = load_config(template, interpolate=False)
-    config["nlp"]["lang"] = lang
-    config["paths"]["encoder"] = str(encoder)
-    config["system"]["seed"] = seed
+    overrides = {SETTINGS[key]: str(value) if key == "encoder" else value for key, value in variables.items()}
+    config = load_config(template, overrides, interpolate=False)
     config["training"]["max_steps"] = steps_per_epoch * epochs
     config["training"]["eval_frequency"] = steps_per_epoch
-    config["training"]["batcher"]["size"] = batch_size
-    config["training"]["optimizer"]["learn_rate"]["initial_rate"] = learning_rate
     # a number: spaCy resolves the optimizer alone, without interpolation, in debug data and resume_training()
     config["training"]["optimizer"]["learn_rate"]["total_steps"] = steps_per_epoch * epochs
-    config["training"]["optimizer"]["head_learning_rate_scale"] = head_learning_rate_scale
-    config["corpora"]["train"]["augmenter"]["share"] = letter_case
-    config["components"]["ner"]["threshold"] = threshold
     if gpu_id >= 0:
         config["system"]["gpu_allocator"] = "pytorch"
         config["components"]["transformer"]["model"]["mixed_precision"] = True
@@ -88,9 +80,9 @@ def main(
     with one_sentence():
         config = configure(
             template,
+            sentences=count_docs(train),
             lang=lang,
             encoder=encoder,
-            sentences=count_docs(train),
             learning_rate=learning_rate,
             head_learning_rate_scale=head_learning_rate_scale,
             batch_size=batch_size,

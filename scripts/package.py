@@ -53,20 +53,17 @@ def inference_config(config: Config, encoder: str) -> Config:
 
 def make_meta(
     template: dict[str, Any],
-    *,
-    lang: str,
-    name: str,
-    version: str,
     provenance: dict[str, Any],
     test: dict[str, Any],
     raw_text: dict[str, Any],
     running: bool = False,
+    **names: str,
 ) -> dict[str, Any]:
     """Return meta.json: the template's fields, the package's name, its sources and its figures on the test sentences.
 
     template: configs/meta.json, whose `sources` describe known sources. provenance: assets/provenance.json. test:
-    metrics/test.json. raw_text: metrics/raw_text.json. running: whether the running corpus was trained on. Raises
-    UserError for the figures of a pipeline that finds nothing.
+    metrics/test.json. raw_text: metrics/raw_text.json. running: whether the running corpus was trained on. names:
+    lang, name and version. Raises UserError for the figures of a pipeline that finds nothing.
     """
     if not test.get("ents_f") or not test.get("ents_per_type"):
         raise UserError(
@@ -78,8 +75,7 @@ def make_meta(
     further = [{"source": "running", "commit": None}] if running else []
     records = [provenance["data"], *provenance["extra_train"], *further, provenance["encoder"]]
     sources = [_source(record, template["sources"]) for record in records]
-    own = {"lang": lang, "name": name, "version": version, "sources": sources, "performance": performance}
-    return template | own
+    return template | names | {"sources": sources, "performance": performance}
 
 
 def _source(record: dict[str, Any], known: dict[str, dict[str, str]]) -> dict[str, str]:
@@ -132,7 +128,8 @@ def main(
 ) -> None:
     """Write a trained pipeline's metadata and make it independent of the project, for `spacy package`."""
     with one_sentence():
-        check_names(lang=lang, name=name, version=version)
+        names = {"lang": lang, "name": name, "version": version}
+        check_names(**names)
         origin = srsly.read_json(provenance)
         raw_text = srsly.read_json(metrics / "raw_text.json")
         if raw_text.get("weights") != weights_digest(model):
@@ -143,16 +140,7 @@ def main(
         test, stats = srsly.read_json(metrics / "test.json"), srsly.read_json("corpus/stats.json")
         running = metrics / "running.json"
         times = stats.get("running", {}).get("times", 0)
-        own = make_meta(
-            srsly.read_json("configs/meta.json"),
-            lang=lang,
-            name=name,
-            version=version,
-            provenance=origin,
-            test=test,
-            raw_text=raw_text,
-            running=times > 0,
-        )
+        own = make_meta(srsly.read_json("configs/meta.json"), origin, test, raw_text, times > 0, **names)
         training = list(srsly.read_jsonl(metrics / "training.jsonl"))
         meta = srsly.read_json(model / "meta.json") | own
         card = model_card(

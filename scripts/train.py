@@ -24,15 +24,32 @@ from scripts.pipeline import token_ner
 CASES = (("upper", False), ("upper", False), ("lower", False), ("title", False), ("upper", True), ("lower", True))
 
 
+@registry.optimizers("panx_xlmr.TokenClassificationAdam.v1")
 class TokenClassificationAdam(Optimizer):
-    """PyTorch's fused AdamW, as in the transformers Trainer; the head's learning rate is a multiple of the encoder's.
+    """PyTorch's fused AdamW, as in the transformers Trainer, for a pretrained encoder under an untrained head.
 
     Weight decay leaves out biases, LayerNorm weights and embeddings that no batch has read. A step without gradients
     does not advance the schedules: spaCy's loop begins with one, see `sentence_batches`. thinc's own Adam adds epsilon
     elsewhere, and is many times slower on a table of 250,000 embeddings.
     """
 
-    def __init__(self, learn_rate: Iterator[float], *, head_learning_rate_scale: float, **settings: Any) -> None:
+    def __init__(
+        self,
+        learn_rate: Iterator[float],
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        grad_clip: float,
+        head_learning_rate_scale: float,
+    ) -> None:
+        """Create the optimizer.
+
+        learn_rate: the encoder's learning rate at each update. head_learning_rate_scale: the head's learning rate is
+        this multiple of it, since the head learns from scratch in a few hundred steps. grad_clip: the largest L2 norm
+        of one parameter's gradient.
+        """
+        settings = {"beta1": beta1, "beta2": beta2, "eps": eps, "L2": weight_decay, "grad_clip": grad_clip}
         super().__init__(learn_rate, use_averages=False, **settings)
         self.head_learning_rate_scale = head_learning_rate_scale
         self.of_parameter: dict[tuple[int, str], torch.optim.AdamW] = {}
@@ -151,26 +168,6 @@ class RowsAdam:
         self.rows = torch.cat([self.rows, rows])
 
 
-@registry.optimizers("panx_xlmr.TokenClassificationAdam.v1")
-def token_classification_adam(
-    learn_rate: Iterator[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_clip: float,
-    head_learning_rate_scale: float,
-) -> Optimizer:
-    """Create AdamW for a pretrained encoder under a randomly initialised head.
-
-    learn_rate: the encoder's learning rate at each update. head_learning_rate_scale: the head's learning rate is this
-    multiple of it, since the head learns from scratch in a few hundred steps. grad_clip: the largest L2 norm of one
-    parameter's gradient.
-    """
-    settings = {"beta1": beta1, "beta2": beta2, "eps": eps, "L2": weight_decay, "grad_clip": grad_clip}
-    return TokenClassificationAdam(learn_rate, head_learning_rate_scale=head_learning_rate_scale, **settings)
-
-
 @registry.augmenters("panx_xlmr.LetterCase.v1")
 def letter_case(share: float) -> Callable[[Language, Example], Iterator[Example]]:
     """Change the letter case of a share of the training texts, so that capitals are not the only cue.
@@ -243,10 +240,8 @@ def training_logger(
         Path(plot_file).unlink(missing_ok=True)
 
         def log_step(info: dict[str, Any] | None) -> None:
-            if info is None:
-                return log_to_console(None)
             log_to_console(info)
-            if info["step"]:
+            if info and info["step"]:
                 step, scores = info["step"], info["other_scores"]
                 updates = step - (rows[-1]["step"] if rows else 0)
                 rows.append(
@@ -266,21 +261,12 @@ def training_logger(
     return setup_logger
 
 
-def annotate_until(nlp: Language, docs: Iterable[Doc], last: str) -> list[Doc]:
-    """Run the pipes before the pipe `last` on the Docs."""
-    for name, pipe in nlp.pipeline:
-        if name == last:
-            break
-        docs = pipe.pipe(docs)
-    return list(docs)
-
-
 def validation_loss(nlp: Language, examples: Iterable[Example], batch_size: int = 64) -> float:
     """Return the negative log-likelihood of the gold tags, in nats per tag, over all examples, without dropout."""
     ner = nlp.get_pipe("ner")
     total, count = 0.0, 0
     for batch in minibatch(sorted(examples, key=len), batch_size):
-        docs = annotate_until(nlp, [example.predicted for example in batch], "ner")
+        docs = list(nlp.pipe((example.predicted for example in batch), disable=["ner", "doc_cleaner"]))
         loss, _ = ner.get_loss(batch, ner.predict(docs))
         tags = sum(tag != token_ner.MASKED for example in batch for tag in ner.gold_tags(example))
         total, count = total + loss * tags, count + tags

@@ -1,7 +1,6 @@
 import re
 
 import pytest
-import spacy
 import srsly
 from spacy.schemas import ModelMetaSchema, validate
 from spacy.util import load_config
@@ -9,7 +8,7 @@ from spacy.util import load_config
 from conftest import ROOT
 from scripts import package as prepare_package_script
 from scripts.common import UserError
-from scripts.package import inference_config, make_meta, prepare_package
+from scripts.package import inference_config, make_meta
 
 TEMPLATE = srsly.read_json(ROOT / "configs" / "meta.json")
 PER_TYPE = {label: {"p": 0.8, "r": 0.7, "f": 0.75} for label in ("LOC", "ORG", "PER")}
@@ -61,21 +60,6 @@ def test_config_needs_nothing_of_the_project_and_predicts_in_full_precision():
     transformer = config["components"]["transformer"]["model"]
     assert (transformer["name"], transformer["mixed_precision"]) == ("org/encoder", False)
     assert not re.search("corpus/|assets/|TrainingLogger", config.to_str())
-
-
-def test_the_trained_pipeline_stays_as_it_was(tmp_path):
-    nlp = spacy.blank("it")
-    nlp.add_pipe("entity_ruler", name="transformer")
-    nlp.config["components"]["transformer"]["model"] = {"name": "assets/encoder"}
-    nlp.to_disk(tmp_path / "model")
-    config = load_config(tmp_path / "model" / "config.cfg")
-    config["components"]["transformer"]["model"] = {"name": "assets/encoder"}
-    config.to_disk(tmp_path / "model" / "config.cfg")
-    before = {path: path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()}
-    prepare_package(tmp_path / "model", tmp_path / "package", meta(), "org/encoder", {"README.md": "# card"})
-    assert before == {path: path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()}
-    assert srsly.read_json(tmp_path / "package" / "meta.json")["name"] == "panx_xlmr"
-    assert (tmp_path / "package" / "README.md").read_text(encoding="utf8") == "# card"
 
 
 def test_figures_of_other_weights_are_not_packaged(refused, tmp_path):

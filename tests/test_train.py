@@ -12,10 +12,10 @@ from spacy.training import Corpus, Example
 from spacy.util import load_config
 from thinc.api import warmup_linear
 
-from conftest import ROOT
 from scripts import train as training
 from scripts.configure import configure
 from scripts.convert import convert_split, make_doc
+from test_configure import CARD, TEMPLATE
 
 
 def optimizer(**changes):
@@ -28,7 +28,7 @@ def optimizer(**changes):
         "grad_clip": 1.0,
         "head_learning_rate_scale": 20.0,
     }
-    return training.token_classification_adam(**settings | changes)
+    return training.TokenClassificationAdam(**settings | changes)
 
 
 def move(adam, name, gradient):
@@ -154,70 +154,50 @@ def test_letter_case_keeps_all_annotation_and_invents_none(annotated):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_encoder, sample):
-    """Train two epochs of three batches, twice in the same way, in two folders."""
-    folders = []
-    for run in ("a", "b"):
-        folder = tmp_path_factory.mktemp(f"run-{run}")
-        docs, _ = convert_split(sample["train"][:50], "train", partial(make_doc, spacy.blank("it").vocab))
-        for name, part in (("train", docs), ("dev", docs[:20])):
-            DocBin(docs=part).to_disk(folder / f"{name}.spacy")
-        config = configure(
-            ROOT / "configs" / "xlmr.cfg",
-            lang="it",
-            encoder=tiny_encoder,
-            sentences=len(docs),
-            learning_rate=2e-3,
-            head_learning_rate_scale=2.0,
-            batch_size=24,
-            epochs=2,
-            seed=42,
-            letter_case=0.5,
-            threshold=0.45,
-            gpu_id=-1,
-        )
-        config["paths"] |= {"train": str(folder / "train.spacy"), "dev": str(folder / "dev.spacy")}
-        config["training"]["logger"] |= {
-            "output_file": str(folder / "training.jsonl"),
-            "plot_file": str(folder / "training.png"),
-        }
-        config.to_disk(folder / "config.cfg")
-        (folder / "training.jsonl").write_text('{"epoch": 9.0, "step": 9}\n')  # of an earlier training
-        train(folder / "config.cfg", folder)
-        folders.append(folder)
-    return folders
+def run(tmp_path_factory, tiny_encoder, sample):
+    """The folder of a training of two epochs of three batches."""
+    folder = tmp_path_factory.mktemp("run")
+    docs, _ = convert_split(sample["train"][:50], "train", partial(make_doc, spacy.blank("it").vocab))
+    for name, part in (("train", docs), ("dev", docs[:20])):
+        DocBin(docs=part).to_disk(folder / f"{name}.spacy")
+    settings = CARD | {"learning_rate": 2e-3, "head_learning_rate_scale": 2.0, "epochs": 2, "letter_case": 0.5}
+    config = configure(TEMPLATE, **settings | {"encoder": tiny_encoder, "sentences": len(docs)})
+    config["paths"] |= {"train": str(folder / "train.spacy"), "dev": str(folder / "dev.spacy")}
+    config["training"]["logger"] |= {
+        "output_file": str(folder / "training.jsonl"),
+        "plot_file": str(folder / "training.png"),
+    }
+    config.to_disk(folder / "config.cfg")
+    (folder / "training.jsonl").write_text('{"epoch": 9.0, "step": 9}\n')  # of an earlier training
+    train(folder / "config.cfg", folder)
+    return folder
 
 
-def test_a_row_for_each_epoch_that_counts_updates_and_the_last_weights_are_scored(runs):
-    rows = list(srsly.read_jsonl(runs[0] / "training.jsonl"))
+def test_a_row_for_each_epoch_that_counts_updates_and_the_last_weights_are_scored(run):
+    rows = list(srsly.read_jsonl(run / "training.jsonl"))
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6)]
-    nlp = spacy.load(runs[0] / "model-last")
-    assert nlp.evaluate(list(Corpus(runs[0] / "dev.spacy", gold_preproc=True)(nlp)))["ents_f"] == rows[-1]["ents_f"]
+    nlp = spacy.load(run / "model-last")
+    assert nlp.evaluate(list(Corpus(run / "dev.spacy", gold_preproc=True)(nlp)))["ents_f"] == rows[-1]["ents_f"]
 
 
-def test_validation_loss_is_that_of_the_saved_weights_on_all_tokens(runs):
-    nlp = spacy.load(runs[0] / "model-last")
-    examples = list(Corpus(runs[0] / "dev.spacy", gold_preproc=True)(nlp))
+def test_validation_loss_is_that_of_the_saved_weights_on_all_tokens(run):
+    nlp = spacy.load(run / "model-last")
+    examples = list(Corpus(run / "dev.spacy", gold_preproc=True)(nlp))
     docs = [nlp.get_pipe("transformer")(example.predicted) for example in examples]
     loss, _ = nlp.get_pipe("ner").get_loss(examples, nlp.get_pipe("ner").predict(docs))
-    row = list(srsly.read_jsonl(runs[0] / "training.jsonl"))[-1]
+    row = list(srsly.read_jsonl(run / "training.jsonl"))[-1]
     assert row["validation_loss"] == pytest.approx(loss, rel=1e-4)
 
 
-def test_training_loss_is_a_mean_over_batches(runs):
-    first, last = (row["training_loss"] for row in srsly.read_jsonl(runs[0] / "training.jsonl"))
+def test_training_loss_is_a_mean_over_batches(run):
+    first, last = (row["training_loss"] for row in srsly.read_jsonl(run / "training.jsonl"))
     assert last < first < 2 * math.log(7)
 
 
-def test_spacys_own_logger_can_take_the_place_of_the_projects(runs, tmp_path, capsys):
-    config = load_config(runs[0] / "config.cfg")
+def test_spacys_own_logger_can_take_the_place_of_the_projects(run, tmp_path, capsys):
+    config = load_config(run / "config.cfg")
     config["training"] |= {"logger": {"@loggers": "spacy.ConsoleLogger.v1"}, "max_steps": 3}
     config.to_disk(tmp_path / "config.cfg")
     train(tmp_path / "config.cfg", tmp_path)
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()[:1].isdigit()]
     assert [row[1] for row in rows] == ["0", "3"]
-
-
-def test_one_seed_on_one_cpu_gives_the_same_weights(runs):
-    for part in ("transformer/model", "ner/model"):
-        assert (runs[0] / "model-last" / part).read_bytes() == (runs[1] / "model-last" / part).read_bytes()
