@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import sentencepiece
-import spacy
 import srsly
 import torch
 import typer
@@ -24,6 +23,7 @@ from typer.testing import CliRunner
 
 import scripts.pipeline  # noqa: F401  registers what a trained pipeline is loaded with
 from benchmarks.accuracy import copy_project
+from lookup_ner import ruler
 from scripts.package import prepare_package
 from scripts.panx import Sentence, read_tsv, to_tsv
 from workflow import project_run
@@ -90,11 +90,8 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory, sample: dict[str, lis
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a pipeline of rules that knows three names and loads at once; $MODEL names it to the examples."""
-    nlp = spacy.blank("it")
-    patterns = [("PER", "Rita"), ("LOC", "Torino"), ("LOC", "Bari")]
-    nlp.add_pipe("entity_ruler").add_patterns([{"label": label, "pattern": name} for label, name in patterns])
     folder = tmp_path_factory.mktemp("ruler") / "model"
-    nlp.to_disk(folder)
+    ruler({"Rita": "PER", "Torino": "LOC", "Bari": "LOC"}).to_disk(folder)
     scores = {"Rita": 0.75, "Torino": 0.5}  # Bari has none, like an entity of another pipe
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(Underscore.span_extensions, "panx_score", (None, None, lambda span: scores.get(span.text), None))

@@ -1,4 +1,4 @@
-"""A pipeline whose entity recognizer learns two sentences in a second, without a transformer."""
+"""Small pipelines: of rules, and with an entity recognizer that learns in a second, without a transformer."""
 
 import zlib
 
@@ -24,6 +24,13 @@ def lookup_vectors():
         return [vectors(doc) for doc in docs], lambda gradient: []
 
     return Model("lookup-vectors", forward, dims={"nO": WIDTH})
+
+
+def ruler(names):
+    """A pipeline of rules that knows the names; names: their labels."""
+    nlp = spacy.blank("it")
+    nlp.add_pipe("entity_ruler").add_patterns([{"label": label, "pattern": name} for name, label in names.items()])
+    return nlp
 
 
 def pipeline():

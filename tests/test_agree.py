@@ -1,7 +1,7 @@
 import pytest
-import spacy
 
 from conftest import invoke
+from lookup_ner import ruler
 from scripts import agree
 from scripts.panx import Sentence, read_tsv, subset, to_tsv
 
@@ -11,14 +11,9 @@ SENTENCES = [("Rita", "vive", "a", "Bari"), ("Bari", "(", "Bari", ")"), ("il", "
 @pytest.fixture
 def pipelines(tmp_path):
     """Two pipelines of rules: both know Bari, and each calls Rita something else."""
-    folders = []
     for label in ("PER", "ORG"):
-        nlp = spacy.blank("it")
-        names = {"Bari": "LOC", "Rita": label}
-        nlp.add_pipe("entity_ruler").add_patterns([{"label": label, "pattern": name} for name, label in names.items()])
-        folders.append(tmp_path / label)
-        nlp.to_disk(folders[-1])
-    return folders
+        ruler({"Bari": "LOC", "Rita": label}).to_disk(tmp_path / label)
+    return [tmp_path / "PER", tmp_path / "ORG"]
 
 
 @pytest.fixture

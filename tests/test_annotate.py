@@ -12,20 +12,20 @@ import pyarrow.parquet
 import pytest
 import spacy
 
+from conftest import ROOT
+from lookup_ner import ruler
 from scripts.annotate import __main__ as script
 from scripts.annotate.units import UNIT_CHARS, Unit, units
 from scripts.annotate.worker import Annotator, identify
 from scripts.common import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 PLACES = ("Bari", "Gela", "Nuoro")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    nlp, folder = spacy.blank("it"), tmp_path_factory.mktemp("model") / "places"
-    nlp.add_pipe("entity_ruler").add_patterns([{"label": "LOC", "pattern": place} for place in PLACES])
-    nlp.to_disk(folder)
+    folder = tmp_path_factory.mktemp("model") / "places"
+    ruler(dict.fromkeys(PLACES, "LOC")).to_disk(folder)
     return folder
 
 

@@ -3,6 +3,7 @@ import spacy
 from spacy.tokens import Doc
 
 from benchmarks.running_text import make_gold
+from lookup_ner import ruler
 from scripts.evaluate import score_overlaps, score_raw_text, score_running_text
 from scripts.panx import Sentence
 from scripts.pipeline.token_ner import SCORED
@@ -19,11 +20,9 @@ def set_probabilities(doc):
 
 
 @pytest.fixture
-def ruler():
+def nlp():
     """A pipeline with the Italian tokenizer that knows a few names, each with a probability."""
-    nlp = spacy.blank("it")
-    patterns = {"Bari": "LOC", "Eni": "ORG", "Anna Neri": "PER"}
-    nlp.add_pipe("entity_ruler").add_patterns([{"label": patterns[name], "pattern": name} for name in patterns])
+    nlp = ruler({"Bari": "LOC", "Eni": "ORG", "Anna Neri": "PER"})
     nlp.add_pipe("set_probabilities")
     return nlp
 
@@ -32,13 +31,13 @@ def gold(words, tags, spaces=None):
     return Doc(VOCAB, words=words, ents=tags, spaces=spaces or [True] * (len(words) - 1) + [False])
 
 
-def test_raw_text_is_scored_by_characters_whatever_the_tokens(ruler):
+def test_raw_text_is_scored_by_characters_whatever_the_tokens(nlp):
     # the gold sentence has one token where the pipeline's tokenizer makes two
     docs = [
         gold(["Anna", "Neri", "(Bari)"], ["B-PER", "I-PER", "O"]),
         gold(["Eni", "."], ["B-ORG", "O"], [False, False]),
     ]
-    scores = score_raw_text(ruler, docs)
+    scores = score_raw_text(nlp, docs)
     assert (scores["ents_p"], scores["ents_r"]) == (2 / 3, 1.0)
     assert scores["ents_per_type"]["LOC"] == {"p": 0.0, "r": 0.0, "f": 0.0}
     assert scores["ents_per_type"]["PER"]["f"] == 1.0
@@ -48,14 +47,14 @@ def test_raw_text_is_scored_by_characters_whatever_the_tokens(ruler):
     ("words", "tags"),
     [(["a", "Bari"], ["O", "B-ORG"]), (["a", "Bari"], ["B-LOC", "I-LOC"]), (["Bari", "vecchia"], ["B-LOC", "I-LOC"])],
 )
-def test_another_label_or_another_character_is_wrong(ruler, words, tags):
-    assert score_raw_text(ruler, [gold(words, tags)])["ents_f"] == 0.0
+def test_another_label_or_another_character_is_wrong(nlp, words, tags):
+    assert score_raw_text(nlp, [gold(words, tags)])["ents_f"] == 0.0
 
 
-def test_entities_inside_glued_tokens_count_only_where_panx_has_an_entity(ruler):
+def test_entities_inside_glued_tokens_count_only_where_panx_has_an_entity(nlp):
     untagged, tagged, other = (["O", "O"], ["O", "B-ORG"], ["O", "B-LOC"])
     docs = [gold(["conti", "dell'Eni"], tags) for tags in (untagged, tagged)] + [gold(["a", "Bari"], other)]
-    scores = score_raw_text(ruler, docs)
+    scores = score_raw_text(nlp, docs)
     assert (scores["ents_p"], scores["ents_r"]) == (1 / 3, 0.5)
     assert (scores["without_glued"]["ents_p"], scores["without_glued"]["ents_r"]) == (0.5, 0.5)
 
@@ -68,7 +67,7 @@ def test_an_overlap_of_one_character_counts_where_the_label_is_the_same():
 
 
 @pytest.fixture
-def running(ruler):
+def running(nlp):
     """The scores of six texts: four names, of which two follow an elision, and nine tokens in texts without any."""
     texts = [
         gold(["dell'", "Eni"], ["O", "B-ORG"], [False, False]),
@@ -78,7 +77,7 @@ def running(ruler):
         gold(["Bari", "contro", "Bari"], ["O"] * 3),
         gold(["oggi", "non", "piove", "a", "lungo", "."], ["O"] * 6),
     ]
-    return score_running_text(ruler, texts)
+    return score_running_text(nlp, texts)
 
 
 def test_recall_after_an_elision_is_told_apart(running):
@@ -99,8 +98,8 @@ def test_coverage_is_precision_and_recall_above_each_threshold(running):
     assert rows[0.99] == [1.0, 0.0]
 
 
-def test_text_without_entities_has_scores_too(ruler):
-    scores = score_running_text(ruler, [gold(["oggi"], ["O"])])
+def test_text_without_entities_has_scores_too(nlp):
+    scores = score_running_text(nlp, [gold(["oggi"], ["O"])])
     assert (scores["ents_f"], scores["after_elision"], scores["false_per_1000"]) == (0.0, 0.0, 0.0)
     assert {(precision, recall) for _, precision, recall in scores["coverage"]} == {(1.0, 0.0)}
 
@@ -113,9 +112,9 @@ def test_text_without_entities_has_scores_too(ruler):
         ("in lower case", "l'aquila, dell’eni po' ß (bari)."),
     ],
 )
-def test_running_text_is_joined_by_rule_and_keeps_its_entities_in_any_letter_case(ruler, case, text):
+def test_running_text_is_joined_by_rule_and_keeps_its_entities_in_any_letter_case(nlp, case, text):
     words = ["L'", "Aquila", ",", "dell’", "Eni", "po'", "ß", "(", "Bari", ")", "."]
     tags = ["B-LOC", "I-LOC", "O", "O", "B-ORG", *["O"] * 3, "B-LOC", "O", "O"]
-    (doc,) = make_gold(ruler, [Sentence(tuple(words), tuple(tags))], case)
+    (doc,) = make_gold(nlp, [Sentence(tuple(words), tuple(tags))], case)
     assert doc.text == text
     assert [(ent.start, ent.end, ent.label_) for ent in doc.ents] == [(0, 2, "LOC"), (4, 5, "ORG"), (8, 9, "LOC")]
