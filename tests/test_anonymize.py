@@ -3,6 +3,8 @@
 import re
 
 import pytest
+import spacy
+from spacy.util import load_config
 
 from conftest import invoke
 from lookup_ner import pipeline, trained
@@ -34,14 +36,18 @@ def test_names_above_the_threshold_and_other_data_become_placeholders(anonymized
     assert asked == []
 
 
-def test_the_threshold_of_the_package_leaves_out_no_name(tmp_path):
+def test_a_name_below_the_threshold_of_the_package_becomes_a_placeholder(tmp_path):
     nlp = pipeline()
-    trained(nlp, steps=1)
-    nlp.get_pipe("ner").threshold = 0.6
+    trained(nlp)
+    nlp.get_pipe("ner").cfg["temperature"] = 2.0
     nlp.to_disk(tmp_path / "model")
-    config = tmp_path / "analyzer.yaml"
+    settings = load_config(tmp_path / "model" / "config.cfg")
+    settings["components"]["ner"]["threshold"] = 1.0
+    settings.to_disk(tmp_path / "model" / "config.cfg")
+    text, config = "Anna Neri vive a Bari", tmp_path / "analyzer.yaml"
+    assert not spacy.load(tmp_path / "model")(text).ents
     config.write_text(anonymize.CONFIG.read_text().replace("it_panx_xlmr", str(tmp_path / "model")))
-    assert anonymize.load_analyzer(config).nlp_engine.get_nlp("it").get_pipe("ner").threshold == 0
+    assert anonymize.anonymize(text, anonymize.load_analyzer(config)) == "<PERSON> vive a <LOCATION>"
 
 
 @pytest.mark.parametrize(

@@ -135,8 +135,8 @@ def main(encoder: Path, folder: Path) -> None:
     for device, gpu_id in (("cpu", -1), ("cuda", 0)):
         with use_ops("cpu"):
             small, train_file = folder / device / "slim", folder / "train.spacy"
-            source = (Path("corpus/sample"), train_file, [train_file], "it", 400, 8, gpu_id)
-            slim.main(folder / "cpu" / "model-last", small, True, *source)
+            options = (Path("corpus/sample"), train_file, [train_file], "it", 400, 8, gpu_id)
+            slim.main(folder / "cpu" / "model-last", small, True, *options)
             evaluate.main(str(small), train_file, output=folder / device, gpu_id=gpu_id)
             RESULTS[device] = {
                 "temperature": srsly.read_json(small / "ner" / "cfg")["temperature"],
