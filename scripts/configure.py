@@ -39,7 +39,10 @@ def configure(template: Path, *, sentences: int, epochs: int, gpu_id: int, **var
             raise UserError(f"{name} is {variables[name]}, expected a number above 0; set --vars.{name}.")
     for name in ("letter_case", "threshold"):
         if not 0 <= variables[name] <= 1:
-            raise UserError(f"{name} is {variables[name]}, expected a number from 0 to 1; set --vars.{name}.")
+            raise UserError(
+                f"{name} is {variables[name]}, expected a number from 0 to 1; set --vars.{name}, "
+                f"or --vars.full_{name} for `run full`."
+            )
     steps_per_epoch = -(-sentences // batch_size)
     overrides = {SETTINGS[key]: str(value) if key == "encoder" else value for key, value in variables.items()}
     config = load_config(template, overrides, interpolate=False)
