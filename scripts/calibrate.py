@@ -14,19 +14,21 @@ from scripts.evaluate import calibration_bins, expected_calibration_error, score
 BOUNDS = (0.25, 8.0)
 
 
-def find_temperature(nlp: Language, examples: Sequence[Example]) -> tuple[float, float, float]:
+def find_temperature(nlp: Language, parts: Sequence[Sequence[Example]]) -> tuple[float, float, float]:
     """Return (temperature, calibration error before, after) and leave the pipe `ner` with that temperature.
 
     The temperature minimizes the log loss of all entities found in the gold tokens (Guo et al. 2017), whatever the
-    pipe's threshold. Raises UserError if the pipeline finds no entity.
+    pipe's threshold. Each part counts the same, however many entities it has. Raises UserError if the pipeline finds no
+    entity in any part.
     """
     ner = nlp.get_pipe("ner")
     threshold, ner.threshold = ner.threshold, 0.0
-    gold, docs, batches = [example.reference for example in examples], [], []
-    for batch in minibatch([example.predicted for example in examples], 64):
+    gold = [[example.reference for example in examples] for examples in parts]
+    docs = [[example.predicted for example in examples] for examples in parts]
+    batches = []
+    for batch in minibatch([doc for part in docs for doc in part], 64):
         batch = list(nlp.pipe(batch, disable=["ner", "doc_cleaner"]))
         batches.append((batch, ner.predict(batch)))
-        docs += batch
         for doc in batch:
             if doc.has_extension("trf_data"):
                 doc._.trf_data = None
@@ -40,15 +42,18 @@ def find_temperature(nlp: Language, examples: Sequence[Example]) -> tuple[float,
 
     def log_loss(temperature: float) -> float:
         annotate(temperature)
-        scores, right = scored_entities(gold, docs)
-        scores = scores.clip(1e-6, 1 - 1e-6)
-        return float(-numpy.where(right, numpy.log(scores), numpy.log(1 - scores)).mean())
+        losses = []
+        for scores, right in map(scored_entities, gold, docs):
+            scores = scores.clip(1e-6, 1 - 1e-6)
+            if len(scores):
+                losses.append(-numpy.where(right, numpy.log(scores), numpy.log(1 - scores)).mean())
+        return float(numpy.mean(losses))
 
     def error() -> float:
-        return expected_calibration_error(calibration_bins(gold, docs))
+        return float(numpy.mean([expected_calibration_error(bins) for bins in map(calibration_bins, gold, docs)]))
 
     annotate(1.0)
-    if not any(doc.ents for doc in docs):
+    if not any(doc.ents for part in docs for doc in part):
         raise UserError(
             "The pipeline finds no entity in the validation sentences; train on more sentences or for longer "
             "(--vars.train_size, --vars.epochs)."

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy
-import spacy
 import srsly
 import typer
 from spacy.language import Language
@@ -24,6 +23,7 @@ from wasabi import msg
 
 from scripts.common import UserError, one_sentence, replacing
 from scripts.panx import SPLITS, Sentence, guess_spaces, read_tsv, split_path, subset
+from scripts.pipeline import blank_pipeline
 from scripts.running import LANG, load, make_docs
 
 FILE_NAMES = {"train": "train.spacy", "validation": "dev.spacy", "test": "test.spacy"}
@@ -173,7 +173,7 @@ def convert(
     `running_times` times, its other parts go to running-dev.spacy and running-test.spacy.
     Nothing is written unless everything can be. Raises UserError for what read_tsv, subset and running.load refuse.
     """
-    nlp = spacy.blank(lang, config={"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v2"}}})
+    nlp = blank_pipeline(lang)
     splits, stats = {}, {}
     for split in SPLITS:
         path = split_path(data, split, lang)

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy
-import spacy
 import srsly
 import typer
 from spacy.language import Language
 from spacy.tokens import Doc
 from wasabi import msg
 
-import scripts.pipeline  # noqa: F401  registers the tokenizer
 from scripts.common import UserError, one_sentence, replacing
 from scripts.panx import ENTITY_LABELS, SPLITS
+from scripts.pipeline import blank_pipeline
 
 LANG = "it"
 ENTITY = re.compile(rf"\[({'|'.join(ENTITY_LABELS)}) ([^\[\]]+)\]")
@@ -113,11 +112,6 @@ def make_docs(nlp: Language, documents: Sequence[Sequence[Line]]) -> list[Doc]:
     return [make_doc(nlp, group) for group in groups]
 
 
-def blank_pipeline() -> Language:
-    """Return an empty Italian pipeline with the project's tokenizer."""
-    return spacy.blank(LANG, config={"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v2"}}})
-
-
 def count(folder: Path) -> dict[str, Any]:
     """Count sentences, entities, lengths and repeated names, in all and by file and split."""
     parts = load(folder)
@@ -175,7 +169,7 @@ def main(
 ) -> None:
     """Check the running corpus and count what is in it into FOLDER/stats.json."""
     with one_sentence():
-        nlp = blank_pipeline()
+        nlp = blank_pipeline(LANG)
         for documents in load(folder).values():
             make_docs(nlp, documents)
         stats = count(folder)

@@ -185,8 +185,8 @@ def main(
         if make_slim:
             all_pieces, kept = slim(nlp, training_texts(data, corpus, lang), lang, pieces, bits)
             msg.good(f"{kept:,} of {all_pieces:,} wordpieces")
-        examples = [example for path in dev if path.exists() for example in Corpus(path, gold_preproc=True)(nlp)]
-        temperature, before, after = find_temperature(nlp, examples)
+        parts = [list(Corpus(path, gold_preproc=True)(nlp)) for path in dev if path.exists()]
+        temperature, before, after = find_temperature(nlp, parts)
         errors = f"{after * 100:.1f} points instead of {before * 100:.1f}"
         msg.good(f"Temperature {temperature}; calibration error on the validation texts {errors}")
         nlp.to_disk(folder)

@@ -28,7 +28,7 @@ def gold(nlp):
 
 def test_too_certain_a_pipeline_becomes_as_certain_as_it_is_right_and_finds_the_same_entities(nlp, gold):
     doc = nlp(Doc(nlp.vocab, words=WORDS))
-    temperature, before, after = find_temperature(nlp, gold)
+    temperature, before, after = find_temperature(nlp, [gold])
     assert temperature > 1.5
     assert after < before / 2
     calibrated = nlp(Doc(nlp.vocab, words=WORDS))
@@ -37,20 +37,27 @@ def test_too_certain_a_pipeline_becomes_as_certain_as_it_is_right_and_finds_the_
 
 
 def test_the_threshold_neither_changes_the_temperature_nor_is_changed(nlp, gold):
-    temperature, _, after = find_temperature(nlp, gold)
+    temperature, _, after = find_temperature(nlp, [gold])
     nlp.get_pipe("ner").threshold = 0.9
-    assert find_temperature(nlp, gold)[::2] == (temperature, after)
+    assert find_temperature(nlp, [gold])[::2] == (temperature, after)
     assert nlp.get_pipe("ner").threshold == 0.9
+
+
+def test_a_part_with_more_texts_does_not_count_more(nlp, gold):
+    right = [example(nlp, WORDS, RIGHT) for _ in range(80)]
+    few, many, alone = (find_temperature(nlp, parts)[0] for parts in ([gold, right[:4]], [gold, right], [gold]))
+    assert few == pytest.approx(many, abs=0.01)
+    assert few < alone - 0.1
 
 
 def test_a_pipeline_that_finds_nothing_is_refused(nlp):
     trained(nlp)
     with pytest.raises(UserError, match="finds no entity"):
-        find_temperature(nlp, [example(nlp, ["vive", "a"], ["O", "O"])])
+        find_temperature(nlp, [[example(nlp, ["vive", "a"], ["O", "O"])]])
 
 
 def test_a_saved_pipeline_keeps_its_temperature(nlp, gold, tmp_path):
-    temperature, _, _ = find_temperature(nlp, gold)
+    temperature, _, _ = find_temperature(nlp, [gold])
     nlp.to_disk(tmp_path)
     assert spacy.load(tmp_path).get_pipe("ner").temperature == temperature > 1
 

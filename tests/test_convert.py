@@ -10,7 +10,8 @@ from scripts import convert as convert_script
 from scripts import running as running_script
 from scripts.convert import convert, make_doc, make_training_doc, repair
 from scripts.panx import SPLITS, Sentence, read_tsv, to_tsv
-from scripts.running import agreement, blank_pipeline, count, load, make_docs
+from scripts.pipeline import blank_pipeline
+from scripts.running import agreement, count, load, make_docs
 
 FILES = {"train": "train.spacy", "validation": "dev.spacy", "test": "test.spacy"}
 ALL = dict.fromkeys(SPLITS, 0)
@@ -102,7 +103,7 @@ def test_a_further_training_sentence_with_the_words_of_a_test_sentence_is_left_o
     ],
 )
 def test_training_words_are_cut_where_a_text_is_cut(words, tags, cut, cut_tags):
-    doc = make_training_doc(blank_pipeline(), Sentence(tuple(words), tuple(tags)))
+    doc = make_training_doc(blank_pipeline("it"), Sentence(tuple(words), tuple(tags)))
     assert [token.text for token in doc] == cut
     assert [
         token.ent_iob_ and (f"{token.ent_iob_}-{token.ent_type_}" if token.ent_type_ else "O") for token in doc
@@ -155,7 +156,7 @@ def test_the_projects_running_corpus_is_what_its_stats_say(tmp_path):
     assert stats["all"]["without_entity"] >= 0.4
     assert stats["test_names_not_in_train"] >= 0.6
     assert agreement(folder, folder / "second" / "test.txt") >= 0.95
-    nlp = blank_pipeline()
+    nlp = blank_pipeline("it")
     for documents in load(folder).values():
         make_docs(nlp, documents)
 

@@ -30,7 +30,7 @@ from scripts.common import UserError
 from scripts.convert import convert_split, make_doc, repair
 from scripts.evaluate import entities_of, iob2
 from scripts.panx import TAGS, Sentence, digest, read_tsv, to_tsv
-from scripts.pipeline import encoder
+from scripts.pipeline import blank_pipeline, encoder
 from scripts.pipeline.tokenizer import SURROGATE
 
 SPACES = "".join(chr(i) for i in range(sys.maxunicode + 1) if chr(i).isspace())
@@ -54,7 +54,7 @@ texts = st.one_of(
 @pytest.fixture(scope="module")
 def nlp(tiny_encoder):
     """A pipeline whose weights are random, those of the tags too: it finds an entity of any kind in almost any text."""
-    nlp = spacy.blank("it", config={"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v2"}}})
+    nlp = blank_pipeline("it")
     model = {"@architectures": "panx_xlmr.TransformerModel.v2", "name": str(tiny_encoder), "mixed_precision": False}
     model |= {"tokenizer_config": {"use_fast": True}, "transformer_config": {}}
     nlp.add_pipe("transformer", config={"model": model})

@@ -4,15 +4,15 @@ import pytest
 import spacy
 from spacy.tokenizer import Tokenizer
 
+from scripts.pipeline import blank_pipeline
 from scripts.pipeline.tokenizer import LONG, LinearTokenizer
 
-CONFIG = {"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v2"}}}
 ADDRESS = "http://example.org/" + "sezione/" * 30 + "?nome=Grazia"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return spacy.blank("it", config=CONFIG).tokenizer
+    return blank_pipeline("it").tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_twice_the_signs_are_twice_the_work(tokenizer, sign):
 
 
 def test_it_goes_to_disk_and_through_pickle(tmp_path):
-    nlp = spacy.blank("it", config=CONFIG)
+    nlp = blank_pipeline("it")
     nlp.to_disk(tmp_path)
     for copy in (spacy.load(tmp_path), pickle.loads(pickle.dumps(nlp))):
         assert type(copy.tokenizer) is LinearTokenizer
@@ -101,5 +101,5 @@ def test_it_goes_to_disk_and_through_pickle(tmp_path):
 
 
 def test_it_has_the_languages_own_rules():
-    english = spacy.blank("en", config=CONFIG)
+    english = blank_pipeline("en")
     assert [t.text for t in english("don't")] == [t.text for t in spacy.blank("en")("don't")] == ["do", "n't"]

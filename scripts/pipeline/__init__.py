@@ -11,7 +11,12 @@ from spacy.language import Language
 
 from scripts.pipeline import encoder, linear, pipes, token_ner, tokenizer, weights
 
-__all__ = ["encoder", "linear", "load_pipeline", "pipes", "token_ner", "tokenizer", "weights"]
+__all__ = ["blank_pipeline", "encoder", "linear", "load_pipeline", "pipes", "token_ner", "tokenizer", "weights"]
+
+
+def blank_pipeline(lang: str) -> Language:
+    """Return an empty pipeline with the project's tokenizer."""
+    return spacy.blank(lang, config={"nlp": {"tokenizer": {"@tokenizers": "panx_xlmr.Tokenizer.v2"}}})
 
 
 def load_pipeline(model: str | Path, gpu_id: int = -1) -> Language:
