@@ -9,7 +9,7 @@ encoder weights of the pipeline. `transformers.pipeline` also has its linear lay
 word by its first wordpiece. The `ner` has random weights, which cost the same as trained ones. F1 of both is left out.
 
 The first line names the processor and its instructions. On a processor with AVX-512 all is measured a second time with
-PyTorch and oneDNN limited to AVX2, as on most desktops. FBGEMM (int8) cannot be limited.
+PyTorch and oneDNN limited to AVX2, as on most desktops.
 
 The last table compares ways to use several cores: threads, `nlp.pipe(n_process=2)` and two processes of their own. With
 --data and --encoder, training is compared with the card's recipe (benchmarks/recipe.py). --plot draws how the cost
