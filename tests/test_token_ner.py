@@ -130,6 +130,7 @@ def test_no_entity_begins_or_ends_in_white_space_or_crosses_an_empty_line(nlp, w
         ("F|. |Neri", "F. |Neri"),
         ("Serie |B|.", "Serie |B|."),
         ("Belgio|●|, |Bari", "Belgio|●|, |Bari"),
+        ("Bari|¹|, |e", "Bari|¹|, |e"),
         ("-|Bari|- |❤\ufe0f|e", "-|Bari|- |❤\ufe0f|e"),
     ],
 )

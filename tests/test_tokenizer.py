@@ -45,6 +45,7 @@ def tokens(doc):
         ("la Fiat S.p.A. (S.r.l.), Bari+Po e C++ .Eni", "la Fiat S.p.A. ( S.r.l. ) , Bari + Po e C++ . Eni"),
         ("via Po,12 1.Bari 12,Po Bari,'Eni' 1.000", "via Po , 12 1 . Bari 12 , Po Bari , ' Eni ' 1.000"),
         ("@Bari a_b Mario_Rossi a+b@c.it .it", "@Bari a_b Mario_Rossi a+b@c.it .it"),
+        ("Deledda¹, Nuoro²³ e 3 m²", "Deledda ¹ , Nuoro ²³ e 3 m²"),
         ("Levi-Montalcini ha un'e-mail: a.b@c.it", "Levi-Montalcini ha un' e-mail : a.b@c.it"),
     ],
 )

@@ -501,11 +501,13 @@ def _is_one_word(left: Token, right: Token) -> bool:
 def _in_word(character: str) -> bool:
     """Return whether a character is a letter, a mark, a number or a joiner; False for an empty string.
 
-    The selectors of a sign's variant (U+FE00 to U+FE0F) are marks by category, but belong to the sign.
+    Numbers like those of footnotes (category No) are left out, and so are the selectors of a sign's variant (U+FE00 to
+    U+FE0F): marks by category, they belong to the sign.
     """
     if character == "" or "\ufe00" <= character <= "\ufe0f":
         return False
-    return unicodedata.category(character)[0] in "LMN" or character in JOINERS
+    category = unicodedata.category(character)
+    return (category[0] in "LMN" and category != "No") or character in JOINERS
 
 
 def _word_tag(tags: Sequence[int]) -> int:
