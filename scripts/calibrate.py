@@ -18,15 +18,12 @@ def find_temperature(nlp: Language, parts: Sequence[Sequence[Example]]) -> tuple
     """Return (temperature, calibration error before, after) and leave the pipe `ner` with that temperature.
 
     The temperature minimizes the log loss of all entities found in the gold tokens (Guo et al. 2017), whatever the
-    pipe's threshold. Each part counts the same, however many entities it has. Raises UserError if the pipeline finds no
-    entity in any part.
+    pipe's threshold. Each part with an entity counts the same. Raises UserError if the pipeline finds no entity.
     """
     ner = nlp.get_pipe("ner")
     threshold, ner.threshold = ner.threshold, 0.0
-    gold = [[example.reference for example in examples] for examples in parts]
-    docs = [[example.predicted for example in examples] for examples in parts]
     batches = []
-    for batch in minibatch([doc for part in docs for doc in part], 64):
+    for batch in minibatch([example.predicted for examples in parts for example in examples], 64):
         batch = list(nlp.pipe(batch, disable=["ner", "doc_cleaner"]))
         batches.append((batch, ner.predict(batch)))
         for doc in batch:
@@ -43,17 +40,18 @@ def find_temperature(nlp: Language, parts: Sequence[Sequence[Example]]) -> tuple
     def log_loss(temperature: float) -> float:
         annotate(temperature)
         losses = []
-        for scores, right in map(scored_entities, gold, docs):
+        for scores, right in (scored_entities(*part) for part in found):
             scores = scores.clip(1e-6, 1 - 1e-6)
-            if len(scores):
-                losses.append(-numpy.where(right, numpy.log(scores), numpy.log(1 - scores)).mean())
+            losses.append(-numpy.where(right, numpy.log(scores), numpy.log(1 - scores)).mean())
         return float(numpy.mean(losses))
 
     def error() -> float:
-        return float(numpy.mean([expected_calibration_error(bins) for bins in map(calibration_bins, gold, docs)]))
+        return float(numpy.mean([expected_calibration_error(calibration_bins(*part)) for part in found]))
 
     annotate(1.0)
-    if not any(doc.ents for part in docs for doc in part):
+    both = [([e.reference for e in examples], [e.predicted for e in examples]) for examples in parts]
+    found = [(gold, docs) for gold, docs in both if any(doc.ents for doc in docs)]  # at any temperature
+    if not found:
         raise UserError(
             "The pipeline finds no entity in the validation sentences; train on more sentences or for longer "
             "(--vars.train_size, --vars.epochs)."

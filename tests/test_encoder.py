@@ -303,9 +303,10 @@ def test_after_an_update_lower_precision_predicts_with_the_new_weights(tiny_enco
 def test_an_8_bit_layer_computes_what_the_layer_does_wherever_its_inputs_lie(lowest):
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(64, 8), torch.rand(16, 64) + lowest
+    layer.weight.data.abs_()  # so that a wrong zero point does not cancel out
     with torch.inference_mode():
         found, expected = linear.Int8Linear(layer, x.abs().amax(dim=0))(x), layer(x)
-    assert (found - expected).abs().max() < 0.03
+    assert (found - expected).abs().max() < 0.01
 
 
 def test_in_8_bits_a_texts_vectors_do_not_depend_on_the_rest_of_its_batch(tiny_encoder):

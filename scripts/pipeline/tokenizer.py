@@ -125,7 +125,7 @@ def linear_tokenizer() -> Callable[[Language], Tokenizer]:
         # the period of a letter (`Serie B.`), of a word (`SpaceX.`), after a combining accent (`Cefalu\u0300.`) or sign
         period = f"(?:(?<=^\\w)|(?<=\\w\\w)|(?<=[\u0300-\u036f])|(?<={sign}))\\."
         letter, quotes = "[^\\W\\d_]", "['’]+"
-        footnote = f"(?<={letter}{letter})[\u00b9\u00b2\u00b3\u2070-\u2079]+"  # `Deledda¹`, not `m²`
+        footnote = f"(?<={letter}{letter})[\u00b9\u00b2\u00b3\u2070\u2074-\u2079]+"  # `Deledda¹`, not `m²`
         suffixes += [*wholes, sign, f"(?<=\\w){joint}", period, footnote]
         # `via Roma,12`, `Bari,'Roma'`, `1.Bari`
         missing_spaces = [
