@@ -41,7 +41,7 @@ SOURCES = [
     ROOT / "configs" / "xlmr.cfg",
     ROOT / "benchmarks" / "ablations.py",
 ]
-VARS = ("learning_rate", "head_learning_rate_scale", "layer_decay", "batch_size", "epochs")
+VARS = ("learning_rate", "head_learning_rate_scale", "batch_size", "epochs")
 SCORES = ("validation", "test", "raw_text")
 # the overrides of `spacy train` that undo each choice
 CHOICES = {

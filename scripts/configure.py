@@ -20,7 +20,6 @@ SETTINGS = {
     "batch_size": "training.batcher.size",
     "learning_rate": "training.optimizer.learn_rate.initial_rate",
     "head_learning_rate_scale": "training.optimizer.head_learning_rate_scale",
-    "layer_decay": "training.optimizer.layer_decay",
     "letter_case": "corpora.train.augmenter.share",
     "threshold": "components.ner.threshold",
 }
@@ -38,10 +37,6 @@ def configure(template: Path, *, sentences: int, epochs: int, gpu_id: int, **var
     for name in ("learning_rate", "head_learning_rate_scale"):
         if not 0 < variables[name] < float("inf"):
             raise UserError(f"{name} is {variables[name]}, expected a number above 0; set --vars.{name}.")
-    if not 0 < variables["layer_decay"] <= 1:
-        raise UserError(
-            f"layer_decay is {variables['layer_decay']}, expected a number above 0, at most 1; set --vars.layer_decay."
-        )
     for name in ("letter_case", "threshold"):
         if not 0 <= variables[name] <= 1:
             raise UserError(
@@ -74,7 +69,6 @@ def main(
     output: Annotated[Path, typer.Argument(help="Where the full config goes", show_default=False)],
     learning_rate: Annotated[float, typer.Option(help="The encoder's initial learning rate")],
     head_learning_rate_scale: Annotated[float, typer.Option(help="Multiple of it for the head")],
-    layer_decay: Annotated[float, typer.Option(help="Learning rate of a layer as a multiple of the next layer's")],
     batch_size: Annotated[int, typer.Option(help="Sentences per batch")],
     epochs: Annotated[int, typer.Option(help="Passes over the training sentences")],
     seed: Annotated[int, typer.Option(help="Seed of all random numbers")],
@@ -94,7 +88,6 @@ def main(
             encoder=encoder,
             learning_rate=learning_rate,
             head_learning_rate_scale=head_learning_rate_scale,
-            layer_decay=layer_decay,
             batch_size=batch_size,
             epochs=epochs,
             seed=seed,

@@ -1,9 +1,7 @@
 """The registered functions of training: optimizer, batches, letter case, and a logger with the validation loss."""
 
 import random
-import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -44,19 +42,16 @@ class TokenClassificationAdam(Optimizer):
         weight_decay: float,
         grad_clip: float,
         head_learning_rate_scale: float,
-        layer_decay: float = 1.0,
     ) -> None:
         """Create the optimizer.
 
-        learn_rate: the learning rate of the encoder's last layer at each update. head_learning_rate_scale: the head's
-        learning rate is this multiple of it, since the head learns from scratch in a few hundred steps. layer_decay:
-        each layer's learning rate is this multiple of the next one's (Howard and Ruder 2018), and that of the
-        embeddings of the first layer's. grad_clip: the largest L2 norm of one parameter's gradient.
+        learn_rate: the encoder's learning rate at each update. head_learning_rate_scale: the head's learning rate is
+        this multiple of it, since the head learns from scratch in a few hundred steps. grad_clip: the largest L2 norm
+        of one parameter's gradient.
         """
         settings = {"beta1": beta1, "beta2": beta2, "eps": eps, "L2": weight_decay, "grad_clip": grad_clip}
         super().__init__(learn_rate, use_averages=False, **settings)
         self.head_learning_rate_scale = head_learning_rate_scale
-        self.layer_decay = layer_decay
         self.of_parameter: dict[tuple[int, str], torch.optim.AdamW] = {}
         self.of_encoder: dict[int, tuple[torch.optim.AdamW, RowsAdam]] = {}
         self.updated = False
@@ -94,14 +89,18 @@ class TokenClassificationAdam(Optimizer):
         (pieces, width). read: pairs of row numbers of the table, each at most once, and these rows' gradients.
         """
         if key not in self.of_encoder:
-            rows = RowsAdam(table, self._adam, self._decay("weight"))
-            self.of_encoder[key] = self._adam(self._groups(parameters)), rows
+            decays = sorted({self._decay(name) for name, _ in parameters})
+            groups = [
+                {"params": [p for name, p in parameters if self._decay(name) == decay], "weight_decay": decay}
+                for decay in decays
+            ]
+            self.of_encoder[key] = self._adam(groups), RowsAdam(table, self._adam, self._decay("weight"))
         optimizer, rows = self.of_encoder[key]
         clip([parameter.grad for _, parameter in parameters], self.grad_clip)
         for group in optimizer.param_groups:
-            group["lr"] = self.learn_rate * group["scale"]
+            group["lr"] = self.learn_rate
         optimizer.step()
-        rows.step(read, min(group["lr"] for group in optimizer.param_groups), self.grad_clip)
+        rows.step(read, self.learn_rate, self.grad_clip)
         self.updated = True
 
     def step_schedules(self) -> None:
@@ -109,15 +108,6 @@ class TokenClassificationAdam(Optimizer):
         if self.updated:
             super().step_schedules()
         self.updated = False
-
-    def _groups(self, parameters: Sequence[tuple[str, torch.nn.Parameter]]) -> list[dict[str, Any]]:
-        # the first number in a name is the layer's; the embeddings have none
-        numbers = {name: int(found[1]) if (found := re.search(r"\.(\d+)\.", name)) else -1 for name, _ in parameters}
-        last = max(numbers.values())
-        groups = defaultdict(list)
-        for name, parameter in parameters:
-            groups[self._decay(name), self.layer_decay ** (last - numbers[name])].append(parameter)
-        return [{"params": some, "weight_decay": decay, "scale": scale} for (decay, scale), some in groups.items()]
 
     def _adam(self, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
         return torch.optim.AdamW(groups, betas=(self.b1, self.b2), eps=self.eps, fused=True)

@@ -10,7 +10,7 @@ from scripts.common import UserError
 from scripts.configure import configure
 
 VARS = srsly.read_yaml(ROOT / "project.yml")["vars"]
-RATES = ("learning_rate", "head_learning_rate_scale", "layer_decay", "letter_case", "threshold")
+RATES = ("learning_rate", "head_learning_rate_scale", "letter_case", "threshold")
 VARIABLES = {name: VARS[name] for name in ("lang", "batch_size", "epochs", "seed", *RATES)} | {"gpu_id": -1}
 CARD = VARIABLES | {"encoder": "assets/encoder", "sentences": VARS["train_size"]}
 TEMPLATE = ROOT / "configs" / "xlmr.cfg"
@@ -21,10 +21,9 @@ def resolved(**changes):
 
 
 def test_the_cards_hyperparameters_arrive_in_the_config():
-    config = resolved(threshold=0.5, layer_decay=0.9)
+    config = resolved(threshold=0.5)
     assert config["components"]["ner"]["threshold"] == 0.5
     optimizer = config["training"]["optimizer"]
-    assert optimizer["layer_decay"] == 0.9
     assert [optimizer[key] for key in ("beta1", "beta2", "eps", "weight_decay")] == [0.9, 0.999, 1e-8, 0.01]
     assert config["training"]["batcher"]["size"] == 24
     assert [config["training"][key] for key in ("seed", "max_epochs", "patience")] == [42, 0, 0]
@@ -71,7 +70,6 @@ def test_mixed_precision_and_allocator_are_set_with_a_gpu_only(gpu_id, allocator
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"head_learning_rate_scale": -1.0}, "head_learning_rate_scale is -1.0"),
-        ({"layer_decay": 0.0}, "layer_decay is 0.0"),
         ({"letter_case": 1.5}, "letter_case is 1.5"),
         ({"threshold": -0.1}, "threshold is -0.1"),
     ],

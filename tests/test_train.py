@@ -67,18 +67,6 @@ def test_biases_layer_norms_and_transitions_are_not_decayed(name, decayed):
     assert move(adam, name, 0.0) == pytest.approx(0.05 if decayed else 0.0, abs=1e-6)
 
 
-def test_a_lower_layer_learns_more_slowly_and_the_embeddings_most_slowly():
-    adam = optimizer(layer_decay=0.5)
-    names = ["embeddings.LayerNorm.weight", *(f"encoder.layer.{i}.output.dense.weight" for i in range(3))]
-    parameters = [(name, torch.nn.Parameter(torch.ones(1))) for name in names]
-    for _, parameter in parameters:
-        parameter.grad = torch.ones(1)
-    table = torch.ones(1, 1)
-    adam.update_encoder(0, parameters, table, [(torch.zeros(1, dtype=torch.int64), torch.ones(1, 1))])
-    moves = [1 - float(weights) for weights in (table, *(parameter.detach() for _, parameter in parameters))]
-    assert moves == pytest.approx([0.0125, 0.0125, 0.025, 0.05, 0.1], rel=1e-4)
-
-
 def test_rows_of_a_table_that_were_read_move_as_all_rows_would_and_the_others_stay():
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(5000, 3, generator=generator)
