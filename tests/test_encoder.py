@@ -1,5 +1,6 @@
 import copy
 import pickle
+import tracemalloc
 
 import numpy
 import pytest
@@ -145,6 +146,18 @@ def test_a_long_text_is_its_windows(nlp, sample):
         with torch.no_grad():
             alone = transformer(torch.tensor([[0, *ids[start:end], 2]])).last_hidden_state[0, 1:-1].numpy()
         assert whole[1 + first : 1 + last] == pytest.approx(alone[first - start : last - start], abs=1e-5)
+
+
+def test_a_long_texts_vectors_are_in_memory_once(nlp):
+    long, empty = nlp.get_pipe("transformer").pipe([nlp.make_doc("Bari " * 20_000), nlp.make_doc("")])
+    ner = nlp.get_pipe("ner")
+    tracemalloc.start()
+    found = ner.predict([long, empty]).emissions
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < long._.trf_data.model_output.last_hidden_state.nbytes / 2
+    assert found[0] == pytest.approx(ner.model.predict([long]).emissions[0], abs=1e-6)
+    assert found[1].shape == (0, len(ner.tags))
 
 
 class Recorder(Optimizer):
