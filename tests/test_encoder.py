@@ -160,6 +160,12 @@ def test_a_long_texts_vectors_are_in_memory_once(nlp):
     assert found[1].shape == (0, len(ner.tags))
 
 
+def test_a_long_text_is_a_batch_of_its_own(nlp):
+    docs = [Doc(nlp.vocab, words=["Bari"] * length) for length in (1, 2, pipes.MAX_TOKENS + 1, 3, 4, 5)]
+    assert [list(map(len, batch)) for batch in pipes.batches(docs, 2)] == [[1, 2], [8193], [3, 4], [5]]
+    assert [list(map(len, batch)) for batch in pipes.batches(docs[1:4], 9)] == [[2], [8193], [3]]
+
+
 class Recorder(Optimizer):
     """thinc's optimizer, which keeps what gradients it was given."""
 
