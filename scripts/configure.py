@@ -21,7 +21,6 @@ SETTINGS = {
     "learning_rate": "training.optimizer.learn_rate.initial_rate",
     "head_learning_rate_scale": "training.optimizer.head_learning_rate_scale",
     "letter_case": "corpora.train.augmenter.share",
-    "word_dropout": "initialize.after_init.share",
     "threshold": "components.ner.threshold",
 }
 
@@ -38,7 +37,7 @@ def configure(template: Path, *, sentences: int, epochs: int, gpu_id: int, **var
     for name in ("learning_rate", "head_learning_rate_scale"):
         if not 0 < variables[name] < float("inf"):
             raise UserError(f"{name} is {variables[name]}, expected a number above 0; set --vars.{name}.")
-    for name in ("letter_case", "word_dropout", "threshold"):
+    for name in ("letter_case", "threshold"):
         if not 0 <= variables[name] <= 1:
             raise UserError(
                 f"{name} is {variables[name]}, expected a number from 0 to 1; set --vars.{name}, "
@@ -74,7 +73,6 @@ def main(
     epochs: Annotated[int, typer.Option(help="Passes over the training sentences")],
     seed: Annotated[int, typer.Option(help="Seed of all random numbers")],
     letter_case: Annotated[float, typer.Option(help="Share of training texts whose letter case changes")],
-    word_dropout: Annotated[float, typer.Option(help="Share of wordpieces that training hides")],
     threshold: Annotated[float, typer.Option(help="Least probability of an entity")],
     lang: Annotated[str, typer.Option(help="spaCy's code of the language")],
     gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")],
@@ -94,7 +92,6 @@ def main(
             epochs=epochs,
             seed=seed,
             letter_case=letter_case,
-            word_dropout=word_dropout,
             threshold=threshold,
             gpu_id=gpu_id,
         )

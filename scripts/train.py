@@ -198,28 +198,6 @@ def _with_case(word: str, way: str) -> str:
     return changed if len(changed) == len(word) else word
 
 
-@registry.callbacks("panx_xlmr.WordDropout.v1")
-def word_dropout(share: float) -> Callable[[Language], Language]:
-    """In training, set a share of the wordpieces' embeddings to zero, so that the context counts more.
-
-    Gal and Ghahramani 2016, with each occurrence of a wordpiece drawn alone. Weights and prediction are not changed.
-    """
-
-    def drop(transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if not transformer.training:
-            return args, kwargs
-        vectors = kwargs["inputs_embeds"]
-        kept = torch.rand(vectors.shape[:-1], device=vectors.device) >= share
-        return args, kwargs | {"inputs_embeds": vectors * kept[..., None]}
-
-    def add(nlp: Language) -> Language:
-        if share:
-            nlp.get_pipe("transformer").model.transformer.register_forward_pre_hook(drop, with_kwargs=True)
-        return nlp
-
-    return add
-
-
 @registry.batchers("panx_xlmr.SentenceBatches.v1")
 def sentence_batches(size: int) -> Callable[[Iterable[Example]], Iterator[list[Example]]]:
     """Create batches of `size` sentences; the last one of an epoch may be smaller.

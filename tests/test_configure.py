@@ -10,7 +10,7 @@ from scripts.common import UserError
 from scripts.configure import configure
 
 VARS = srsly.read_yaml(ROOT / "project.yml")["vars"]
-RATES = ("learning_rate", "head_learning_rate_scale", "letter_case", "word_dropout", "threshold")
+RATES = ("learning_rate", "head_learning_rate_scale", "letter_case", "threshold")
 VARIABLES = {name: VARS[name] for name in ("lang", "batch_size", "epochs", "seed", *RATES)} | {"gpu_id": -1}
 CARD = VARIABLES | {"encoder": "assets/encoder", "sentences": VARS["train_size"]}
 TEMPLATE = ROOT / "configs" / "xlmr.cfg"
@@ -71,7 +71,6 @@ def test_mixed_precision_and_allocator_are_set_with_a_gpu_only(gpu_id, allocator
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"head_learning_rate_scale": -1.0}, "head_learning_rate_scale is -1.0"),
         ({"letter_case": 1.5}, "letter_case is 1.5"),
-        ({"word_dropout": 1.5}, "word_dropout is 1.5"),
         ({"threshold": -0.1}, "threshold is -0.1"),
     ],
 )

@@ -14,7 +14,6 @@ from transformers import AutoModel, AutoTokenizer
 
 from scripts.pipeline import encoder, linear, pipes
 from scripts.pipeline.tokenizer import encoder_text, without_capitals
-from scripts.train import word_dropout
 
 
 @pytest.fixture(scope="module")
@@ -56,23 +55,6 @@ def test_vectors_are_the_transformers_own_whatever_else_is_in_the_batch(nlp, sam
         with torch.no_grad():
             expected = model(**tokenizer(read, return_tensors="pt")).last_hidden_state[0, :-1]
         assert found == pytest.approx(expected.numpy(), abs=1e-5)
-
-
-@pytest.mark.parametrize("share, least, most", [(0.0, 0, 0), (0.5, 0.3, 0.7), (1.0, 1, 1)])
-def test_word_dropout_hides_a_share_of_the_wordpieces_in_training_only(tiny_encoder, share, least, most):
-    nlp, hidden = pipeline(tiny_encoder), []
-    word_dropout(share)(nlp)
-    model = nlp.get_pipe("transformer").model
-    model.transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: hidden.append(float((kwargs["inputs_embeds"] == 0).all(dim=-1).float().mean())),
-        with_kwargs=True,
-    )
-    docs = [nlp.make_doc("Anna Neri vive a Bari " * 10)]
-    model.begin_update(docs)
-    model.predict(docs)
-    in_training, in_prediction = hidden
-    assert least <= in_training <= most
-    assert in_prediction == 0
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,6 @@ def run(tmp_path_factory, tiny_encoder, sample):
     for name, part in (("train", docs), ("dev", docs[:20])):
         DocBin(docs=part).to_disk(folder / f"{name}.spacy")
     settings = CARD | {"learning_rate": 2e-3, "head_learning_rate_scale": 2.0, "epochs": 2, "letter_case": 0.5}
-    settings |= {"word_dropout": 0.1}
     config = configure(TEMPLATE, **settings | {"encoder": tiny_encoder, "sentences": len(docs)})
     config["paths"] |= {"train": str(folder / "train.spacy"), "dev": str(folder / "dev.spacy")}
     config["training"]["logger"] |= {
