@@ -2,7 +2,7 @@
 # make all                PAN-X.it and xlm-roberta-base from the Hub, on GPU 0; make gpu-check tests the GPU first
 # make venv, venv-gpu     .venv with the packages for a CPU, or for a GPU; venv-dev adds those for tests
 # make test               ruff and the test suite
-# make test-faults, fuzz  longer: killed commands, two runs, full disks; damaged files
+# make test-faults, fuzz  longer: killed commands, repeated runs, full disks; damaged files
 # make known-answers      the demo's entities in 200 sentences against the accepted ones; ACCEPT=1 accepts the new ones
 # make lock               write the lock files, after a change of a requirements file
 PYTHON ?= python3

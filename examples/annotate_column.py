@@ -48,7 +48,7 @@ def read_rows(path: Path, column: str, separator: str) -> Iterator[dict]:
 def entities_of(doc: Doc) -> list[dict]:
     """Return the entities with their offsets in characters."""
     keys = ("text", "label", "start", "end", "score")
-    values = ((e.text, e.label_, e.start_char, e.end_char, e._.panx_score) for e in doc.ents)
+    values = ((e.text, e.label_, e.start_char, e.end_char, getattr(e._, "panx_score", None)) for e in doc.ents)
     return [dict(zip(keys, entity, strict=True)) for entity in values]
 
 

@@ -99,7 +99,7 @@ def main(
         with replacing(output) as path:
             config.to_disk(path)
         steps = config["training"]["max_steps"]
-        by_hand = f"spacy train {output} --code scripts/train.py --output training --gpu-id {gpu_id}"
+        by_hand = f"python -m spacy train {output} --code scripts/train.py --output training --gpu-id {gpu_id}"
         msg.good(
             f"{output}: {steps} steps; `{by_hand}` runs it by hand; for N steps, add --training.max_steps N "
             "--training.optimizer.learn_rate.total_steps N"

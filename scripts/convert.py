@@ -170,7 +170,7 @@ def convert(
     sizes: sentences per split, selected as the model card selected them, 0 for all. extra_train: a folder of TSV files;
     up to `extra_train_size` sentences of each (0: as many as for training) are added to the training split, without
     those that leak (`without_leaks`). running: the folder of the running corpus; its training part is added
-    `running_times` times, its other parts go to running-dev.spacy and running-test.spacy.
+    `running_times` times, its other parts go to running-dev.spacy and running-test.spacy, which are empty without it.
     Nothing is written unless everything can be. Raises UserError for what read_tsv, subset and running.load refuse.
     """
     nlp = blank_pipeline(lang)
@@ -188,15 +188,13 @@ def convert(
         splits[split], repairs = convert_split(sentences, f"{path} ({split})", to_doc)
         stats[split] = split_stats(splits[split], repairs)
     stats["shared"] = shared_sentences(splits)
-    files = {FILE_NAMES[split]: docs for split, docs in splits.items()}
+    parts = {split: make_docs(nlp, documents) for split, documents in load(running).items()} if running else {}
     if running:
-        parts = {split: make_docs(nlp, documents) for split, documents in load(running).items()}
         stats["running"] = {split: split_stats(docs, Counter()) for split, docs in parts.items()}
         stats["running"]["times"] = running_times
-        files[FILE_NAMES["train"]] = splits["train"] + parts["train"] * running_times
-        files |= {name: parts[split] for split, name in RUNNING_NAMES.items()}
-    for name in {*FILE_NAMES.values(), *RUNNING_NAMES.values()} - set(files):
-        (output / name).unlink(missing_ok=True)
+        splits["train"] += parts["train"] * running_times
+    files = {FILE_NAMES[split]: docs for split, docs in splits.items()}
+    files |= {name: parts.get(split, []) for split, name in RUNNING_NAMES.items()}
     for name, docs in files.items():
         with replacing(output / name) as path:
             path.write_bytes(DocBin(attrs=["ENT_IOB", "ENT_TYPE", "SPACY"], docs=docs).to_bytes())

@@ -187,7 +187,7 @@ def iob2(doc: Doc) -> list[str]:
 def main(
     model: Annotated[str, typer.Argument(help="Folder or installed package of a pipeline", show_default=False)],
     corpus: Annotated[Path, typer.Argument(help="PAN-X's gold sentences (.spacy)", show_default=False)],
-    running: Annotated[Path | None, typer.Option(help="Gold running text (.spacy), skipped if missing")] = None,
+    running: Annotated[Path | None, typer.Option(help="Gold running text (.spacy); it may be empty")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the JSON files")] = Path("metrics"),
     gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")] = -1,
 ) -> None:
@@ -201,18 +201,15 @@ def main(
         scores["raw_text"]["ents_calibration_error"] = expected_calibration_error(calibration_bins(gold, predicted))
         if Path(model).exists():
             scores["raw_text"]["weights"] = weights_digest(Path(model))
-        if running and running.exists():
-            texts = [example.reference for example in Corpus(running, gold_preproc=True)(nlp)]
-            scores["running"] = score_running_text(nlp, texts)
-        else:
-            (output / "running.json").unlink(missing_ok=True)
+        texts = [example.reference for example in Corpus(running, gold_preproc=True)(nlp)] if running else []
+        scores["running"] = score_running_text(nlp, texts) if texts else {}
+        titles = {"raw_text": "raw text, by characters", "seqeval": "gold tokens, seqeval", "running": "running text"}
         for name, score in scores.items():
             with replacing(output / f"{name}.json") as path:
                 srsly.write_json(path, score)
-        titles = {"raw_text": "raw text, by characters", "seqeval": "gold tokens, seqeval", "running": "running text"}
-        for name, score in scores.items():
-            figures = " ".join(f"{key[-1].upper()} {score[key] * 100:.2f}" for key in ("ents_p", "ents_r", "ents_f"))
-            msg.good(f"{titles[name]}: {figures} → {output / name}.json")
+            if score:
+                figures = " ".join(f"{k[-1].upper()} {score[k] * 100:.2f}" for k in ("ents_p", "ents_r", "ents_f"))
+                msg.good(f"{titles[name]}: {figures} → {output / name}.json")
 
 
 if __name__ == "__main__":

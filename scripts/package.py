@@ -138,7 +138,6 @@ def main(
                 "`spacy project run evaluate` again."
             )
         test, stats = srsly.read_json(metrics / "test.json"), srsly.read_json("corpus/stats.json")
-        running = metrics / "running.json"
         times = stats.get("running", {}).get("times", 0)
         own = make_meta(srsly.read_json("configs/meta.json"), origin, test, raw_text, times > 0, **names)
         training = list(srsly.read_jsonl(metrics / "training.jsonl"))
@@ -148,7 +147,7 @@ def main(
             meta=meta,
             test=test,
             raw_text=raw_text,
-            running=srsly.read_json(running) if running.exists() else None,
+            running=srsly.read_json(metrics / "running.json"),
             times=times,
             training=training,
             stats=stats,

@@ -173,7 +173,7 @@ def main(
     make_slim: Annotated[bool, typer.Argument(help="false: only calibrate", show_default=False)],
     data: Annotated[Path, typer.Option(help="Folder with the training sentences as TSV")],
     corpus: Annotated[Path, typer.Option(help="The sentences that were trained on (.spacy)")],
-    dev: Annotated[list[Path], typer.Option(help="Validation texts (.spacy) to calibrate on; skipped if missing")],
+    dev: Annotated[list[Path], typer.Option(help="Validation texts (.spacy) to calibrate on")],
     lang: Annotated[str, typer.Option(help="Language whose most frequent words' wordpieces are kept")],
     pieces: Annotated[int, typer.Option(help="Number of wordpieces to keep", min=1)],
     bits: Annotated[int, typer.Option(help="Bits per weight: 8 or 16")],
@@ -185,7 +185,7 @@ def main(
         if make_slim:
             all_pieces, kept = slim(nlp, training_texts(data, corpus, lang), lang, pieces, bits)
             msg.good(f"{kept:,} of {all_pieces:,} wordpieces")
-        parts = [list(Corpus(path, gold_preproc=True)(nlp)) for path in dev if path.exists()]
+        parts = [list(Corpus(path, gold_preproc=True)(nlp)) for path in dev]
         temperature, before, after = find_temperature(nlp, parts)
         errors = f"{after * 100:.1f} points instead of {before * 100:.1f}"
         msg.good(f"Temperature {temperature}; calibration error on the validation texts {errors}")

@@ -38,7 +38,8 @@ class PanxNlpEngine(SpacyNlpEngine):
 
     def _get_scores_for_entities(self, doc: Doc) -> list[float]:
         default = self.ner_model_configuration.default_score
-        return [default if ent._.panx_score is None else ent._.panx_score for ent in doc.ents]
+        scores = [getattr(ent._, "panx_score", None) for ent in doc.ents]
+        return [default if score is None else score for score in scores]
 
     def _doc_to_nlp_artifact(self, doc: Doc, language: str) -> NlpArtifacts:
         for token in doc:  # Presidio looks for context words among the lemmas, which the pipeline does not set

@@ -40,10 +40,9 @@ def identify(model: str, precision: str | None = None) -> str:
 
 def annotate_texts(nlp: Language, texts: list[str]) -> list[list[dict[str, Any]] | str]:
     """Return each text's entities, or the reason why the pipeline fails on it. Raises what it raises on any text."""
-    scored = Span.has_extension("panx_score")
 
     def entity(e: Span) -> dict[str, Any]:
-        score = e._.panx_score if scored else None
+        score = getattr(e._, "panx_score", None)  # other pipelines have none
         return {"start": e.start_char, "end": e.end_char, "label": e.label_, "score": score}
 
     try:
