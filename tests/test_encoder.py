@@ -13,7 +13,7 @@ from thinc.api import Adam, ConfigValidationError, Optimizer, reduce_first
 from transformers import AutoModel, AutoTokenizer
 
 from scripts.pipeline import encoder, linear, pipes
-from scripts.pipeline.tokenizer import encoder_text, without_capitals
+from scripts.pipeline.tokenizer import encoder_text
 
 
 @pytest.fixture(scope="module")
@@ -60,29 +60,17 @@ def test_vectors_are_the_transformers_own_whatever_else_is_in_the_batch(nlp, sam
 @pytest.mark.parametrize(
     "text, read",
     [
-        ("È MORTO A. MANZONI, L'AUTORE", "è morto a. manzoni, l'autore"),
+        ("È MORTO A. MANZONI, L'AUTORE", "è morto a. manzoni, l' autore"),
         ("Ciao! NON CI CREDO, MARIO! E la NATO?", "Ciao! non ci credo, mario! E la NATO?"),
         ("ROMA, 3 MAGGIO, ORE 12\r\nIl sindaco di ROMA", "roma, 3 maggio, ore 12\r\nIl sindaco di ROMA"),
         ("İZMIR È IN TURCHIA\n\n", "İzmir è in turchia\n\n"),
         *((same, same) for same in ("CGIL, CISL", "G. B. ROSSI", "La CORTE DI GIUSTIZIA EUROPEA decide", "\n", "È")),
-    ],
-)
-def test_lines_and_sentences_in_capitals_are_read_in_lower_case(nlp, text, read):
-    assert without_capitals(text) == read
-    found, expected = vectors(nlp, [text, read])
-    assert (found == expected).all()
-
-
-@pytest.mark.parametrize(
-    "text, read",
-    [
         ("L’arrivo dell'Italia", "L’ arrivo dell' Italia"),
         ("**Anna** («Eni»)", "** Anna** (« Eni»)"),
-        ("IL CAPO DELL'ENI PARLA", "il capo dell' eni parla"),
         *((same, same) for same in ("Emilia-Romagna", "10km", "Cefalu\u0300 e", "nulla")),
     ],
 )
-def test_a_word_after_a_sign_is_read_as_after_a_space(nlp, text, read):
+def test_capitals_are_read_in_lower_case_and_a_word_after_a_sign_as_after_a_space(nlp, text, read):
     assert encoder_text(nlp.make_doc(text))[0] == read
     found, expected = vectors(nlp, [text, read])
     assert (found == expected).all()
@@ -193,9 +181,12 @@ def test_gradients_are_those_of_spacy_transformers_own_layer(nlp, tiny_encoder):
         for layer in pipe.get_pipe("transformer").model.transformer.encoder.layer:
             layer.attention.self.dropout_prob = 0.0
         optimizer = Recorder(0.001)
-        pipe.update([annotated(pipe), annotated(pipe)], sgd=optimizer, drop=0.0)
+        pipe.update([annotated(pipe), annotated(pipe)], sgd=False, drop=0.0)
+        for name in ("transformer", "ner"):
+            pipe.get_pipe(name).finish_update(optimizer)
         recorded.append(optimizer.gradients)
     expected, found = recorded
+    assert "embeddings.word_embeddings.weight" in expected
     assert set(found) == set(expected)
     for name in expected:
         assert found[name] == pytest.approx(expected[name], abs=1e-5), name
@@ -239,24 +230,6 @@ def test_a_tokenizer_without_a_largest_length_is_saved_and_loaded(tiny_encoder, 
     nlp = pipeline(tmp_path / "encoder")
     nlp.to_disk(tmp_path / "model")
     assert [len(doc) for doc in spacy.load(tmp_path / "model").pipe(["Bari " * 600])] == [600]
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
-def test_prediction_changes_nothing_that_threads_share(tiny_encoder, monkeypatch, has_bfloat16, precision):
-    nlp = pipeline(tiny_encoder, precision=precision)
-    nlp.get_pipe("transformer").from_bytes(nlp.get_pipe("transformer").to_bytes())
-    transformer = nlp.get_pipe("transformer").model.transformer
-    tokenizer = nlp.get_pipe("transformer").model.tokenizer.backend_tokenizer
-    before = tokenizer.to_str(), shim(nlp).low_precision, vars(shim(nlp)).copy()
-
-    def refuse(*arguments, **settings):
-        raise AssertionError("prediction changes a module")
-
-    for name in ("train", "eval", "to", "__deepcopy__"):
-        monkeypatch.setattr(torch.nn.Module, name, refuse, raising=False)
-    assert len(list(nlp.pipe(["Bari", "Anna vive a Bari."]))) == 2
-    assert (tokenizer.to_str(), shim(nlp).low_precision, vars(shim(nlp))) == before
-    assert nlp.get_pipe("transformer").model.transformer is transformer
 
 
 def test_a_tokenizer_that_gives_no_positions_is_refused(tiny_encoder):

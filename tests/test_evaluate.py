@@ -66,9 +66,8 @@ def test_an_overlap_of_one_character_counts_where_the_label_is_the_same():
     assert score_overlaps([set()], [set()]) == {"ents_p": 0.0, "ents_r": 0.0, "ents_f": 0.0}
 
 
-@pytest.fixture
-def running(nlp):
-    """The scores of six texts: four names, of which two follow an elision, and nine tokens in texts without any."""
+def test_running_text_has_recall_after_elisions_false_entities_and_coverage(nlp):
+    # four names, of which two follow an elision, and nine tokens in texts without any
     texts = [
         gold(["dell'", "Eni"], ["O", "B-ORG"], [False, False]),
         gold(["dell’", "Anna"], ["O", "B-PER"], [False, False]),
@@ -77,20 +76,11 @@ def running(nlp):
         gold(["Bari", "contro", "Bari"], ["O"] * 3),
         gold(["oggi", "non", "piove", "a", "lungo", "."], ["O"] * 6),
     ]
-    return score_running_text(nlp, texts)
-
-
-def test_recall_after_an_elision_is_told_apart(running):
+    running = score_running_text(nlp, texts)
     assert (running["after_elision"], running["elsewhere"]) == (0.5, 1.0)
     assert running["overlap"]["ents_r"] == running["ents_r"] == 0.75
     assert running["overlap"]["ents_p"] == running["ents_p"] == 0.6
-
-
-def test_entities_where_there_are_none_are_counted_by_1000_tokens(running):
     assert running["false_per_1000"] == pytest.approx(1000 * 2 / 9)
-
-
-def test_coverage_is_precision_and_recall_above_each_threshold(running):
     rows = {threshold: figures for threshold, *figures in running["coverage"]}
     assert rows[0.0] == [0.6, 0.75]
     assert rows[0.5] == [0.5, 0.5]  # without Eni

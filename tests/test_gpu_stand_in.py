@@ -11,18 +11,8 @@ import torch
 
 from conftest import ROOT
 
-LAYERS = 12
-# of the second update of 24 sentences in mixed precision; a lower count replaces its number here
-STORED = {
-    "kernels": 448,
-    "kernels of the CRF": 163,
-    "CuPy kernels": 71,
-    "copies to the device": 5,
-    "our syncs": 2,
-    "syncs": 28,
-    "autocast": 19,
-}
-LIMITS = {"kernels": 1500, "kernels of the CRF": 250, "copies to the device": 10, "our syncs": 10}
+# of the second update of 24 sentences in mixed precision; it had 448, 163, 5 and 2
+LIMITS = {"kernels": 500, "kernels of the CRF": 200, "copies to the device": 8, "our syncs": 5}
 
 pytestmark = pytest.mark.skipif(
     not torch.__version__.startswith("2.13."), reason="the stand-in knows the private functions of PyTorch 2.13"
@@ -77,11 +67,6 @@ def test_gradients_of_two_batches_add_up_in_mixed_precision(results):
     assert results["accumulation error"] < 0.01
 
 
-def test_a_step_asks_no_more_of_a_gpu_than_stored(results):
-    assert results["layers 2"] == STORED
-
-
 @pytest.mark.parametrize("what", LIMITS)
-def test_a_step_of_twelve_layers_is_within_the_limits(results, what):
-    two, three = results["layers 2"][what], results["layers 3"][what]
-    assert two + (LAYERS - 2) * (three - two) < LIMITS[what]
+def test_a_step_asks_little_of_a_gpu(results, what):
+    assert results["step"][what] <= LIMITS[what]

@@ -10,11 +10,6 @@ def write(path, text):
     return path
 
 
-def test_a_line_separator_inside_a_token_ends_no_line(tmp_path):
-    path = write(tmp_path / "a.tsv", "Via\u2028Roma\tB-LOC\nx\x85y\tO\n")
-    assert read_tsv(path) == [Sentence(("Via\u2028Roma", "x\x85y"), ("B-LOC", "O"))]
-
-
 def test_windows_line_ends_and_byte_order_mark_change_nothing(tmp_path):
     path = write(tmp_path / "a.tsv", "\ufeffRoma\tB-LOC\r\n\r\nEni\tB-ORG\r\n")
     assert read_tsv(path) == [Sentence(("Roma",), ("B-LOC",)), Sentence(("Eni",), ("B-ORG",))]

@@ -1,6 +1,5 @@
 """What slimming keeps of a pipeline, what it stores, and what it refuses."""
 
-import json
 import pickle
 import shutil
 
@@ -19,7 +18,6 @@ from scripts.common import UserError
 from test_encoder import pipeline, vectors
 
 KEPT = ["Anna vive a Bari.", "La Banca d'Italia"]
-SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
 def layer(nlp):
@@ -54,7 +52,7 @@ def test_a_text_of_kept_wordpieces_has_the_same_vectors(whole, pruned):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text())
+@given(st.text() | st.lists(st.sampled_from(" ".join(KEPT).split()), max_size=6).map(" ".join))
 def test_every_text_is_cut_as_before_or_into_smaller_pieces_without_losing_a_character(whole, pruned, text):
     nlp, names = pruned
     before, after = pieces(whole, text), pieces(nlp, text)
@@ -62,27 +60,6 @@ def test_every_text_is_cut_as_before_or_into_smaller_pieces_without_losing_a_cha
         assert after == before
     assert "".join(after) == "".join(before)
     assert len(after) >= len(before)
-
-
-def scores(nlp):
-    """The tokenizer's score of each wordpiece."""
-    return dict(json.loads(layer(nlp).tokenizer.backend_tokenizer.to_str())["model"]["vocab"])
-
-
-def test_each_kept_wordpiece_has_the_same_score(whole, pruned):
-    nlp, names = pruned
-    before = scores(whole)
-    assert scores(nlp) == {name: before[name] for name in names}
-
-
-def test_each_kept_wordpiece_has_a_row_of_the_embeddings_and_special_tokens_stay_special(pruned):
-    nlp, names = pruned
-    model = layer(nlp)
-    assert model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer))) == names
-    assert model.transformer.get_input_embeddings().num_embeddings == model.transformer.config.vocab_size == len(names)
-    assert model.tokenizer.convert_ids_to_tokens(sorted(model.tokenizer.all_special_ids)) == SPECIALS
-    ids = model.tokenizer("Bari")["input_ids"]
-    assert model.tokenizer.convert_ids_to_tokens([ids[0], ids[-1]]) == ["<s>", "</s>"]
 
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.29), (16, 0.53)])

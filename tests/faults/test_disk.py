@@ -62,12 +62,3 @@ def test_a_full_temporary_folder_is_named(project, refused, monkeypatch, tmp_pat
     with no_space():
         sentence = refused(evaluate, "training/model", "corpus/test.spacy", "--output", tmp_path)
     assert f"✘ {tmp_path}: File too large; free the space" in sentence
-
-
-def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(OSError, match="File too large") as error, full_disk(path) as temporary:
-        temporary.write_text("new")
-    assert error.value.filename == str(path)
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]

@@ -2,7 +2,7 @@
 
 `install()` before thinc is imported gives this process CuPy arrays that are NumPy's and PyTorch tensors that say they
 are on "cuda:0". As on a GPU, host arrays are refused where device arrays are expected and tensors of two devices are
-refused. `COUNTS` holds kernels, copies to the device and synchronisations.
+refused. `COUNTS` holds PyTorch's kernels, copies to the device and synchronisations.
 
 It cannot show: real kernels, their numbers (fp16 rounds differently), streams, races, memory, a driver, speed, or
 whether CuPy's libraries load. A kernel is one operator call, except for the operators in `torch_on_cuda.KERNELS`. It
@@ -14,7 +14,7 @@ from collections import Counter
 
 # (what, module): calls, by the innermost module that is neither PyTorch nor this package
 COUNTS: Counter[tuple[str, str]] = Counter()
-KERNEL, CUPY_KERNEL, TO_DEVICE, SYNC, AUTOCAST = "kernel", "CuPy kernel", "copy to the device", "sync", "autocast"
+KERNEL, TO_DEVICE, SYNC, AUTOCAST = "kernel", "copy to the device", "sync", "autocast"
 
 
 def count(what: str, times: int = 1) -> None:
