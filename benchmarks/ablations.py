@@ -1,12 +1,12 @@
 """Register what replaces a choice of this project in a comparison: the code for `spacy train --code`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy
 import torch
 from spacy.language import Language
 from spacy.training import Example
-from thinc.api import Model, torch2xp, xp2torch
+from thinc.api import torch2xp, xp2torch
 from torch.nn.functional import cross_entropy
 
 import scripts.train  # noqa: F401  registers what the training config names
@@ -14,11 +14,6 @@ from scripts.pipeline.token_ner import MASKED, TagScores, TokenNer
 
 
 @Language.factory("softmax_ner", default_config={"scorer": {"@scorers": "spacy.ner_scorer.v1"}})
-def make_softmax_ner(nlp: Language, name: str, model: Model, scorer: Callable | None) -> "SoftmaxNer":
-    """Create the pipe from a config; see SoftmaxNer."""
-    return SoftmaxNer(nlp.vocab, model, name, scorer=scorer)
-
-
 class SoftmaxNer(TokenNer):
     """`token_ner` trained with each token's cross-entropy; its transitions stay zero, so only valid IOB2 counts."""
 

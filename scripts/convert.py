@@ -5,11 +5,13 @@ between words; `make_training_doc` cuts training words where a tokenizer cuts a 
 `spacy train` reads them as gold tokens; the pipe `ner` computes the loss (scripts/pipeline/token_ner.py).
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import numpy
@@ -119,40 +121,19 @@ def convert_split(
     return docs, repairs
 
 
-def length_distribution(lengths: Sequence[int]) -> dict[str, float]:
-    """Return minimum, median, mean, 95th and 99th percentile, and maximum."""
-    median, p95, p99 = (float(x) for x in numpy.percentile(lengths, [50, 95, 99]))
-    mean = round(float(numpy.mean(lengths)), 2)
-    return {"min": min(lengths), "median": median, "mean": mean, "p95": p95, "p99": p99, "max": max(lengths)}
-
-
 def split_stats(docs: Sequence[Doc], repairs: Counter[str]) -> dict[str, Any]:
     """Count sentences, tokens, entities, lengths, duplicates and repairs."""
+    lengths = [len(doc) for doc in docs]
+    median, p95, p99 = numpy.percentile(lengths, [50, 95, 99]).tolist()
+    spread = {"min": min(lengths), "median": median, "mean": round(fmean(lengths), 2), "p95": p95, "p99": p99}
     return {
         "sentences": len(docs),
-        "tokens": sum(len(doc) for doc in docs),
+        "tokens": sum(lengths),
         "entities": dict(sorted(Counter(ent.label_ for doc in docs for ent in doc.ents).items())),
-        "length_in_tokens": length_distribution([len(doc) for doc in docs]),
+        "length_in_tokens": spread | {"max": max(lengths)},
         "duplicate_sentences": len(docs) - len({doc.text for doc in docs}),
         "repairs": dict(sorted(repairs.items())),
     }
-
-
-def shared_sentences(splits: dict[str, Sequence[Doc]]) -> dict[str, int]:
-    """Count, for each pair of splits, the sentences of the later one whose words are also in the earlier one."""
-    names = list(splits)
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    known = {name: {doc.text for doc in docs} for name, docs in splits.items()}
-    return {f"{b} also in {a}": sum(doc.text in known[a] for doc in splits[b]) for a, b in pairs}
-
-
-def without_leaks(sentences: Sequence[Sentence], data: Path, lang: str) -> list[Sentence]:
-    """Return the sentences whose words are not those of a validation or test sentence of the data.
-
-    PAN-X of other languages has some of these: titles that are the same in several languages.
-    """
-    held_out = {s.words for split in SPLITS if split != "train" for s in read_tsv(split_path(data, split, lang))}
-    return [sentence for sentence in sentences if sentence.words not in held_out]
 
 
 def convert(
@@ -167,27 +148,31 @@ def convert(
 ) -> dict[str, Any]:
     """Write train.spacy, dev.spacy, test.spacy and stats.json into `output`; return the stats.
 
-    sizes: sentences per split, selected as the model card selected them, 0 for all. extra_train: a folder of TSV files;
-    up to `extra_train_size` sentences of each (0: as many as for training) are added to the training split, without
-    those that leak (`without_leaks`). running: the folder of the running corpus; its training part is added
-    `running_times` times, its other parts go to running-dev.spacy and running-test.spacy, which are empty without it.
-    Nothing is written unless everything can be. Raises UserError for what read_tsv, subset and running.load refuse.
+    sizes: sentences per split, 0 for all. extra_train: a folder of TSV files; up to `extra_train_size` of each
+    (0: as many as for training) are added to the training split, without validation and test sentences of the data.
+    running: the folder of the running corpus; its training part is added `running_times` times, its other parts go to
+    running-dev.spacy and running-test.spacy, which are empty without it. Nothing is written unless everything can be.
     """
     nlp = blank_pipeline(lang)
-    splits, stats = {}, {}
+    splits, stats, known = {}, {}, {}
     for split in SPLITS:
         path = split_path(data, split, lang)
         sentences = subset(read_tsv(path), sizes[split], f"{path} ({split})")
         if split == "train":
+            # other languages have some of the same titles
+            held_out = {s.words for name in SPLITS[1:] for s in read_tsv(split_path(data, name, lang))}
             for extra in sorted(extra_train.glob("*.tsv")) if extra_train else []:
-                more = without_leaks(read_tsv(extra), data, lang)
+                more = [sentence for sentence in read_tsv(extra) if sentence.words not in held_out]
                 sentences += subset(more, min(extra_train_size or sizes["train"], len(more)), str(extra))
             to_doc = partial(make_training_doc, nlp)
         else:
             to_doc = partial(make_doc, nlp.vocab)
         splits[split], repairs = convert_split(sentences, f"{path} ({split})", to_doc)
         stats[split] = split_stats(splits[split], repairs)
-    stats["shared"] = shared_sentences(splits)
+        known[split] = {doc.text for doc in splits[split]}
+    stats["shared"] = {
+        f"{b} also in {a}": sum(doc.text in known[a] for doc in splits[b]) for a, b in itertools.combinations(SPLITS, 2)
+    }
     parts = {split: make_docs(nlp, documents) for split, documents in load(running).items()} if running else {}
     if running:
         stats["running"] = {split: split_stats(docs, Counter()) for split, docs in parts.items()}

@@ -8,16 +8,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from wasabi import msg
 
 from scripts.common import UserError, one_sentence, replacing
 from scripts.panx import SPLITS, Sentence, check_tags, digest, read_tsv, split_path, to_tsv
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 # `datasets`, `huggingface_hub` and `transformers` are imported where they are used because they load slowly
 
@@ -101,7 +98,7 @@ def read_data(
     return data, {"source": source, "config": config, "commit": commit, "splits": counts}
 
 
-def _sentences(rows: "Dataset", where: str) -> list[Sentence]:
+def _sentences(rows: Any, where: str) -> list[Sentence]:
     from datasets import ClassLabel, Value
 
     word, tag = (getattr(rows.features.get(column), "feature", None) for column in ("tokens", "ner_tags"))

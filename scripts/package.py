@@ -61,9 +61,8 @@ def make_meta(
 ) -> dict[str, Any]:
     """Return meta.json: the template's fields, the package's name, its sources and its figures on the test sentences.
 
-    template: configs/meta.json, whose `sources` describe known sources. provenance: assets/provenance.json. test:
-    metrics/test.json. raw_text: metrics/raw_text.json. running: whether the running corpus was trained on. names:
-    lang, name and version. Raises UserError for the figures of a pipeline that finds nothing.
+    template: configs/meta.json. running: whether the running corpus was trained on. names: lang, name and version.
+    Raises UserError for the figures of a pipeline that finds nothing.
     """
     if not test.get("ents_f") or not test.get("ents_per_type"):
         raise UserError(
@@ -83,14 +82,6 @@ def _source(record: dict[str, Any], known: dict[str, dict[str, str]]) -> dict[st
     config = {"config": record["config"]} if record.get("config") else {}
     commit = {"commit": record["commit"]} if record["commit"] else {}
     return source | config | commit
-
-
-def model_card(template: str, **facts: Any) -> str:
-    """Render README.md of the package. Raises jinja2.UndefinedError for a missing fact."""
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(template).render(
-        **facts, labels=LABELS, percent=lambda fraction: f"{fraction * 100:.2f}"
-    )
 
 
 def sources_licences(sources: Sequence[dict[str, str]]) -> str:
@@ -142,8 +133,10 @@ def main(
         own = make_meta(srsly.read_json("configs/meta.json"), origin, test, raw_text, times > 0, **names)
         training = list(srsly.read_jsonl(metrics / "training.jsonl"))
         meta = srsly.read_json(model / "meta.json") | own
-        card = model_card(
-            Path("configs/model_card.md").read_text(encoding="utf8"),
+        environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
+        card = environment.from_string(Path("configs/model_card.md").read_text(encoding="utf8")).render(
+            labels=LABELS,
+            percent=lambda fraction: f"{fraction * 100:.2f}",
             meta=meta,
             test=test,
             raw_text=raw_text,

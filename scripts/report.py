@@ -73,16 +73,6 @@ def scores(pairs: Sequence[tuple[Doc, Doc]]) -> dict[str | None, PRFScore]:
     return score_labels([entities_of(gold) for gold, _ in pairs], [entities_of(doc) for _, doc in pairs])
 
 
-def type_rows(pairs: Sequence[tuple[Doc, Doc]], labels: Sequence[str]) -> list[list[str]]:
-    """Return counts and percentages per label and for all."""
-    rows, of_label = [], scores(pairs)
-    for label in (*labels, None):
-        s = of_label[label]
-        figures = [f"{value * 100:.2f}" for value in (s.precision, s.recall, s.fscore)]
-        rows.append([label or "all", f"{s.tp + s.fn}", f"{s.tp + s.fp}", f"{s.tp}", *figures])
-    return rows
-
-
 def length_scores(pairs: Sequence[tuple[Doc, Doc]]) -> list[tuple[str, int, float]]:
     """Return (tokens, gold entities, F1 as a fraction) for each range of sentence lengths that has an entity."""
     rows = []
@@ -155,16 +145,11 @@ def plot_calibration(bins: Sequence[tuple[int, float, float]]) -> Figure:
     return figure
 
 
-def render_error(error: Pair, heading: str) -> dict[str, Any]:
-    """Render the sentence with displaCy, gold and predicted."""
-    options = {"colors": COLORS}
-    sides = {
-        side: Markup(displacy.render(doc, style="ent", options=options, page=False, jupyter=False))
-        if doc.ents
-        else Markup('<div class="entities">{}</div>').format(doc.text)
-        for side, doc in (("gold", error.gold_doc), ("predicted", error.predicted_doc))
-    }
-    return {"heading": heading, **sides}
+def render(doc: Doc) -> Markup:
+    """Render the entities of a Doc with displaCy, which would warn of a Doc without any."""
+    ents = [{"start": ent.start_char, "end": ent.end_char, "label": ent.label_} for ent in doc.ents]
+    settings = {"style": "ent", "manual": True, "options": {"colors": COLORS}, "page": False, "jupyter": False}
+    return Markup(displacy.render({"text": doc.text, "ents": ents}, **settings))
 
 
 def make_report(gold: Sequence[Doc], predicted: Sequence[Doc], training: list[dict[str, Any]], name: str) -> str:
@@ -175,42 +160,25 @@ def make_report(gold: Sequence[Doc], predicted: Sequence[Doc], training: list[di
     errors = [pair for pair in pairs if pair.is_error]
     counts = Counter(error.kind for error in errors)
     first = {error.kind: error for error in reversed(errors)}
-    frequent = [
-        render_error(first[kind], f"{count} ×: {kind[0]} → {kind[1]}") for kind, count in counts.most_common(MOST)
-    ]
+    frequent = [(f"{count} ×: {kind[0]} → {kind[1]}", first[kind]) for kind, count in counts.most_common(MOST)]
     wrong = sorted((e for e in errors if e.predicted), key=lambda error: -error.predicted._.panx_score)[:MOST]
-    confident = [render_error(e, f"{e.predicted._.panx_score * 100:.1f} %: {e.kind[0]} → {e.kind[1]}") for e in wrong]
+    confident = [(f"{e.predicted._.panx_score * 100:.1f} %: {e.kind[0]} → {e.kind[1]}", e) for e in wrong]
     bins = calibration_bins(gold, predicted)
-    total = scores(docs)[None]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf8")).render(
-        title=f"{name}: what it gets right and wrong",
-        summary=(
-            f"{len(docs)} test sentences with {total.tp + total.fn} entities, on gold tokens: precision "
-            f"{total.precision * 100:.2f}, recall {total.recall * 100:.2f}, F1 {total.fscore * 100:.2f}. An entity is "
-            f"right if its first and last token and its type are. {len(errors)} errors."
-        ),
-        charts={
-            "training": svg(plot_training(training)),
-            "lengths": svg(plot_lengths(length_scores(docs))),
-            "calibration": svg(plot_calibration(bins)),
-        },
-        calibration_error=f"{expected_calibration_error(bins) * 100:.1f}",
-        types=type_rows(docs, labels),
+        name=name,
+        sentences=len(docs),
+        scores=scores(docs),
+        errors=len(errors),
+        training=svg(plot_training(training)),
+        lengths=svg(plot_lengths(length_scores(docs))),
+        calibration=svg(plot_calibration(bins)),
+        calibration_error=expected_calibration_error(bins),
         confusion=confusion(pairs, labels),
         boundaries=boundaries(pairs, labels),
-        lists=[
-            (
-                "Most frequent errors",
-                "The same words with the same wrong result, and one sentence as an example.",
-                frequent,
-            ),
-            (
-                "Most confident errors",
-                "Wrong predictions with the highest probability. Many of them are errors in the data.",
-                confident,
-            ),
-        ],
+        frequent=frequent,
+        confident=confident,
+        render=render,
     )
 
 

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, median
 from typing import Annotated, Any
 
-import numpy
 import srsly
 import typer
 from spacy.language import Language
@@ -91,11 +91,14 @@ def make_doc(nlp: Language, lines: Sequence[Line]) -> Doc:
 def load(folder: Path) -> dict[str, list[list[Line]]]:
     """Read every .txt file of the folder and split the documents 80/10/10 into train, validation and test.
 
-    Raises UserError where the folder has none.
+    Raises UserError for fewer than ten documents.
     """
     documents = [document for path in sorted(folder.glob("*.txt")) for document in read_documents(path)]
-    if not documents:
-        raise UserError(f"{folder}: no .txt file with sentences; name the folder of the running corpus.")
+    if len(documents) < 10:
+        raise UserError(
+            f"{folder}: documents in its .txt files: {len(documents)}, expected at least ten, of which the ninth is "
+            "for validation and the tenth for testing; add some, with a blank line after each."
+        )
     parts: dict[str, list[list[Line]]] = {split: [] for split in SPLITS}
     for number, document in enumerate(documents):
         parts[SPLITS[max(number % 10 - 7, 0)]].append(document)
@@ -105,9 +108,7 @@ def load(folder: Path) -> dict[str, list[list[Line]]]:
 def make_docs(nlp: Language, documents: Sequence[Sequence[Line]]) -> list[Doc]:
     """Return a Doc per sentence, and one for all sentences of a document that has PARAGRAPH or more."""
     groups = [
-        group
-        for document in documents
-        for group in ([document] if len(document) >= PARAGRAPH else [[line] for line in document])
+        group for some in documents for group in ([some] if len(some) >= PARAGRAPH else [[line] for line in some])
     ]
     return [make_doc(nlp, group) for group in groups]
 
@@ -155,11 +156,7 @@ def _counts(lines: Sequence[Line]) -> dict[str, Any]:
         "entities": dict(sorted(labels.items())),
         "without_entity": round(sum(not line.entities for line in lines) / len(lines), 4),
         "after_an_elision": round(elided / max(labels.total(), 1), 4),
-        "words": {
-            "median": float(numpy.median(lengths)),
-            "mean": round(float(numpy.mean(lengths)), 2),
-            "max": max(lengths),
-        },
+        "words": {"median": float(median(lengths)), "mean": round(fmean(lengths), 2), "max": max(lengths)},
     }
 
 

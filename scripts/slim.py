@@ -19,7 +19,6 @@ import spacy
 import torch
 import typer
 import wordfreq
-from spacy.language import Language
 from spacy.tokens import DocBin
 from spacy.training import Corpus
 from tokenizers import Tokenizer
@@ -158,15 +157,6 @@ def training_texts(data: Path, corpus: Path, lang: str) -> list[str]:
     return [encoder_text(doc)[0] for doc in [*docs, *DocBin().from_disk(corpus).get_docs(vocab)]]
 
 
-def slim(nlp: Language, sentences: Sequence[str], lang: str, pieces: int, bits: int) -> tuple[int, int]:
-    """Prune the wordpieces and round the weights of a trained pipeline; return its wordpieces before and after."""
-    model = nlp.get_pipe("transformer").model
-    before = len(model.tokenizer)
-    prune(model, needed_ids(model.tokenizer, sentences, frequent_words(lang), pieces))
-    round_weights(model, bits)
-    return before, len(model.tokenizer)
-
-
 def main(
     model: Annotated[Path, typer.Argument(help="Trained pipeline", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Folder for the finished pipeline", show_default=False)],
@@ -183,8 +173,11 @@ def main(
     with one_sentence(), replacing(output) as folder:
         nlp = load_pipeline(model, gpu_id)
         if make_slim:
-            all_pieces, kept = slim(nlp, training_texts(data, corpus, lang), lang, pieces, bits)
-            msg.good(f"{kept:,} of {all_pieces:,} wordpieces")
+            encoder = nlp.get_pipe("transformer").model
+            texts, words, before = training_texts(data, corpus, lang), frequent_words(lang), len(encoder.tokenizer)
+            prune(encoder, needed_ids(encoder.tokenizer, texts, words, pieces))
+            round_weights(encoder, bits)
+            msg.good(f"{len(encoder.tokenizer):,} of {before:,} wordpieces")
         parts = [list(Corpus(path, gold_preproc=True)(nlp)) for path in dev]
         temperature, before, after = find_temperature(nlp, parts)
         errors = f"{after * 100:.1f} points instead of {before * 100:.1f}"

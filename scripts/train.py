@@ -43,11 +43,9 @@ class TokenClassificationAdam(Optimizer):
         grad_clip: float,
         head_learning_rate_scale: float,
     ) -> None:
-        """Create the optimizer.
+        """Create the optimizer; the head's learning rate is `head_learning_rate_scale` times the encoder's.
 
-        learn_rate: the encoder's learning rate at each update. head_learning_rate_scale: the head's learning rate is
-        this multiple of it, since the head learns from scratch in a few hundred steps. grad_clip: the largest L2 norm
-        of one parameter's gradient.
+        The head learns from scratch in a few hundred steps. grad_clip: the largest L2 norm of one parameter's gradient.
         """
         settings = {"beta1": beta1, "beta2": beta2, "eps": eps, "L2": weight_decay, "grad_clip": grad_clip}
         super().__init__(learn_rate, use_averages=False, **settings)
@@ -186,9 +184,8 @@ def letter_case(share: float) -> Callable[[Language, Example], Iterator[Example]
         ]
         spaces = [bool(token.whitespace_) for token in example.reference]
         # the lengths are the same, so that all annotation, missing tags included, fits the new text
-        gold = example.reference.to_dict()
-        gold["text"] = "".join(f"{word} " if space else word for word, space in zip(words, spaces, strict=True))
-        yield Example(Doc(nlp.vocab, words=words, spaces=spaces), Doc(nlp.vocab).from_dict(gold))
+        changed = Doc(nlp.vocab, words=words, spaces=spaces)
+        yield Example(changed, Doc(nlp.vocab).from_dict(example.reference.to_dict() | {"text": changed.text}))
 
     return augment
 
@@ -244,15 +241,9 @@ def training_logger(
             if info and info["step"]:
                 step, scores = info["step"], info["other_scores"]
                 updates = step - (rows[-1]["step"] if rows else 0)
-                rows.append(
-                    {
-                        "training_loss": info["losses"]["ner"] / updates,
-                        "epoch": info["epoch"] + 1,
-                        "step": step,
-                        "validation_loss": validation_loss(nlp, dev_corpus(nlp)),
-                        **{key: scores[key] for key in ("ents_p", "ents_r", "ents_f")},
-                    }
-                )
+                row = {"training_loss": info["losses"]["ner"] / updates, "epoch": info["epoch"] + 1, "step": step}
+                row["validation_loss"] = validation_loss(nlp, dev_corpus(nlp))
+                rows.append(row | {key: scores[key] for key in ("ents_p", "ents_r", "ents_f")})
                 srsly.write_jsonl(output_file, rows)
                 plot_training(rows).savefig(plot_file, dpi=120)
 

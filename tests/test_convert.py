@@ -140,9 +140,13 @@ def test_the_running_corpus_is_added_as_often_as_asked(data, tmp_path, running):
         ("Vive a [LOC Ba]ri.", "a.txt, line 2: 'Ba' begins or ends inside a token"),
     ],
 )
-def test_a_bracket_that_is_no_entity_is_refused_with_its_line(refused, running, line, expected):
-    (running / "a.txt").write_text(f"Piove.\n{line}\n", encoding="utf8")
+def test_a_bracket_that_is_no_entity_is_refused_with_its_line_and_so_is_too_small_a_corpus(
+    refused, running, line, expected
+):
+    (running / "a.txt").write_text(f"Piove.\n{line}\n" + "\nNevica.\n" * 9, encoding="utf8")
     assert expected in refused(running_script, running)
+    (running / "a.txt").write_text("Piove.\n", encoding="utf8")
+    assert "documents in its .txt files: 1, expected at least ten" in refused(running_script, running)
     assert not (running / "stats.json").exists()
 
 

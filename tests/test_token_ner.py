@@ -209,6 +209,11 @@ def test_loss_is_the_mean_over_annotated_tokens_and_the_others_may_have_any_tag(
     assert loss == pytest.approx(math.log(len(every) / len(agreeing)) / 2, rel=1e-5)
 
 
+def test_a_batch_of_white_space_has_no_loss(nlp):
+    trained(nlp, steps=1)
+    assert nlp.update([example(nlp, ["\n"], ["O"])])["ner"] == 0
+
+
 def test_a_gold_label_that_the_pipe_does_not_know_is_an_error_that_names_it(nlp):
     trained(nlp, steps=1)
     with pytest.raises(ValueError, match="B-ORG.*LOC, PER"):

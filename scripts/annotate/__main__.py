@@ -137,13 +137,8 @@ def main(
         model = model if is_package(model) else str(Path(model).resolve())
         if precision == "int8" and gpus_per_worker:
             raise UserError("--precision int8 is for CPUs; use bfloat16 on GPUs.")
-        settings = {
-            "model": identify(model, precision),
-            "precision": precision,
-            "column": column,
-            "max_chars": max_chars,
-        }
-        settings |= {"unit_rows": unit_rows, "unit_chars": UNIT_CHARS}
+        settings = {"model": identify(model, precision), "precision": precision, "column": column}
+        settings |= {"max_chars": max_chars, "unit_rows": unit_rows, "unit_chars": UNIT_CHARS}
         files = input_files(source, output)
         for path in files.values():
             next(read(path, column, max_chars), None)  # a file that can't be read stops the run before it begins

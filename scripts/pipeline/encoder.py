@@ -26,7 +26,7 @@ import srsly
 import torch
 from safetensors.torch import load, save
 from spacy import registry
-from spacy.tokens import Doc, Span
+from spacy.tokens import Doc
 from spacy.util import SimpleFrozenDict
 from spacy_transformers.data_classes import FullTransformerBatch, HFObjects, TransformerData, WordpieceBatch
 from spacy_transformers.layers import trfs2arrays
@@ -89,12 +89,6 @@ def prepare_transformer(transformer: torch.nn.Module) -> torch.nn.Module:
     return transformer
 
 
-def check_tokenizer_config(config: dict[str, Any]) -> None:
-    """Raise ValueError if a tokenizer_config.json names files: transformers would read them from anywhere."""
-    if named := [name for name in ("vocab_file", "tokenizer_file", "merges_file", "spm_file") if config.get(name)]:
-        raise ValueError(f"The tokenizer's tokenizer_config.json names a file ({named[0]}); do not use this pipeline.")
-
-
 class TransformerShim(HFShim):
     """Hold the transformer and its tokenizer, and run windows of wordpieces through the transformer."""
 
@@ -133,7 +127,7 @@ class TransformerShim(HFShim):
             folder = Path(name)
             # json, because srsly writes a layer_norm_eps of 1e-12 as 0, and refuses the 10**30 below
             (folder / "config.json").write_text(json.dumps(message["config"]), encoding="utf8")
-            settings = {"use_fast": bool(message["tokenizer"].pop("kwargs", {}).get("use_fast", True))}
+            message["tokenizer"].pop("kwargs", None)
             for file, content in message["tokenizer"].items():
                 if file in ("", "..") or Path(file).name != file:
                     raise ValueError(
@@ -141,8 +135,10 @@ class TransformerShim(HFShim):
                     )
                 (folder / file).write_bytes(content)
             # Hugging Face writes 10**30 for an unlimited model_max_length
-            check_tokenizer_config(json.loads(message["tokenizer"].get("tokenizer_config.json", b"{}")))
-            tokenizer = AutoTokenizer.from_pretrained(folder, **settings, trust_remote_code=False)
+            settings = json.loads(message["tokenizer"].get("tokenizer_config.json", b"{}"))
+            if named := [n for n in ("vocab_file", "tokenizer_file", "merges_file", "spm_file") if settings.get(n)]:
+                raise ValueError(f"The tokenizer's tokenizer_config.json names a file ({named[0]}); do not use it.")
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             vocab_file = getattr(tokenizer, "vocab_file", None)
             vocab_file_contents = Path(vocab_file).read_bytes() if vocab_file else None
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -235,10 +231,7 @@ class TransformerShim(HFShim):
         return self.low_precision
 
     def _run(
-        self,
-        windows: Sequence[Window],
-        embed: Callable[[torch.Tensor], torch.Tensor],
-        transformer: torch.nn.Module,
+        self, windows: Sequence[Window], embed: Callable[[torch.Tensor], torch.Tensor], transformer: torch.nn.Module
     ) -> torch.Tensor:
         device, dtype = transformer.device, transformer.dtype
         arrays, paddings = [], []
@@ -253,7 +246,10 @@ class TransformerShim(HFShim):
                 rows.append(numpy.arange(window.count) + window.row)
             arrays += [ids, mask, numpy.concatenate(places), numpy.concatenate(rows)]
             paddings.append(not mask.all())
-        tensors = iter(_copied(arrays, device))
+        # one copy to a GPU is faster than several
+        flat = torch.from_numpy(numpy.concatenate([array.ravel() for array in arrays])).to(device)
+        parts = flat.split([array.size for array in arrays])
+        tensors = iter([part.view(array.shape) for part, array in zip(parts, arrays, strict=True)])
         vectors = torch.empty(sum(window.count for window in windows), transformer.config.hidden_size, device=device)
         for padding, ids, mask, places, rows in zip(paddings, tensors, tensors, tensors, tensors, strict=True):
             # PyTorch is faster without a mask
@@ -266,13 +262,6 @@ class TransformerShim(HFShim):
 
 def _has_bfloat16(device: torch.device) -> bool:
     return device.type != "cpu" or registry.misc.get("panx_xlmr.HasBFloat16.v1")()  # scripts/pipeline/linear.py
-
-
-def _copied(arrays: Sequence[numpy.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """Return integer arrays as tensors on a device. One copy is faster than several."""
-    flat = torch.from_numpy(numpy.concatenate([array.ravel() for array in arrays])).to(device)
-    parts = flat.split([array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 @registry.architectures("panx_xlmr.TransformerModel.v2")
@@ -294,14 +283,13 @@ class PanxTransformerModel(TransformerModel):
         stored in float32.
         """
         self.arguments = (name, tokenizer_config, transformer_config, mixed_precision, precision)
-        super().__init__(name, _no_spans, tokenizer_config, transformer_config)
+        super().__init__(name, None, tokenizer_config, transformer_config)
         self.layers[0].shims[0] = TransformerShim(
             self.layers[0].shims[0]._hfmodel,
             precision=precision,
             mixed_precision=mixed_precision,
             grad_scaler_config={},  # a new dict, because spacy-transformers writes into it
         )
-        self.attrs["replace_listener"] = _own_encoder
         self.attrs["replace_listener_cfg"] = _own_encoder_config
         self._func = forward
         self.init = _initialize
@@ -340,36 +328,14 @@ def tok2vec_transformer(
     """
     model = PanxTransformerModel(name, tokenizer_config, transformer_config, mixed_precision, precision)
     first_wordpieces = registry.layers.get("panx_xlmr.FirstWordpieces.v1")  # scripts/pipeline/pipes.py
-    return chain(_own_encoder(model), trfs2arrays(pooling, grad_factor) if pooling else first_wordpieces())
-
-
-def _own_encoder(model: PanxTransformerModel) -> Model[list[Doc], list[TransformerData]]:
-    # one node, as the listener that it replaces: a chain would be flattened when the config is read again
-    return Model("own-encoder", _forward_own, init=_initialize_own, layers=[model])
-
-
-def _forward_own(
-    model: Model, docs: list[Doc], is_train: bool
-) -> tuple[list[TransformerData], Callable[[list[TransformerData]], list[Doc]]]:
-    batch, backprop = model.layers[0](docs, is_train)
-
-    def backprop_batch(gradients: list[TransformerData]) -> list[Doc]:
-        return backprop(batch.unsplit_by_doc([list(gradient.tensors) for gradient in gradients]))
-
-    return batch.doc_data, backprop_batch
-
-
-def _initialize_own(model: Model, X: Any = None, Y: Any = None) -> None:
-    model.layers[0].initialize(X)
+    return chain(
+        model.attrs["replace_listener"](model), trfs2arrays(pooling, grad_factor) if pooling else first_wordpieces()
+    )
 
 
 def _own_encoder_config(encoder_config: dict[str, Any], listener_config: dict[str, Any]) -> dict[str, Any]:
     of_listener = {key: listener_config[key] for key in ("pooling", "grad_factor") if key in listener_config}
     return encoder_config | of_listener | {"@architectures": "panx_xlmr.Tok2VecTransformer.v2"}
-
-
-def _no_spans(docs: list[Doc]) -> list[list[Span]]:
-    return [[] for _ in docs]  # windows are cut from wordpieces, not from Docs
 
 
 def _initialize(model: PanxTransformerModel, X: Any = None, Y: Any = None) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -103,15 +104,10 @@ def _forward_first(
     def backprop(gradients: list[Floats2d]) -> list[TransformerData]:
         flat = ops.alloc2f(*shape)
         ops.scatter_add(flat, rows, ops.xp.concatenate([gradient for gradient in gradients if len(gradient)]))
+        shapes = [data.model_output.last_hidden_state.shape for data in full]
+        parts = [flat[a:b].reshape(some) for a, b, some in zip(before[:-1], before[1:], shapes, strict=True)]
         return [
-            TransformerData(
-                wordpieces=data.wordpieces,
-                model_output=ModelOutput(
-                    last_hidden_state=flat[start:end].reshape(data.model_output.last_hidden_state.shape)
-                ),
-                align=data.align,
-            )
-            for data, start, end in zip(full, before[:-1], before[1:], strict=True)
+            replace(data, model_output=ModelOutput(last_hidden_state=p)) for data, p in zip(full, parts, strict=True)
         ]
 
     return outputs, backprop

@@ -10,6 +10,7 @@ From gold entities to the gradient: `gold_tags` reads a tag per token, `_word_ta
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy
@@ -19,7 +20,6 @@ from spacy.language import Language
 from spacy.pipeline import TrainablePipe
 from spacy.tokens import Doc, Span, Token
 from spacy.training import Example, biluo_to_iob, validate_examples, validate_get_examples
-from spacy.vocab import Vocab
 from thinc.api import Dropout, Linear, Model, Ops, chain, torch2xp, with_array, xp2torch
 from thinc.layers.resizable import resize_linear_weighted
 from thinc.types import Floats1d, Floats2d
@@ -106,30 +106,6 @@ def _forward_transitions(
     return TagScores(emissions, model.get_param("transitions"), model.get_param("start")), backprop
 
 
-def make_token_ner(
-    nlp: Language, name: str, model: Model[list[Doc], TagScores], threshold: float, scorer: Callable | None
-) -> "TokenNer":
-    """Create the pipe from a config; see TokenNer. Raises ValueError for a threshold that is no probability."""
-    return TokenNer(nlp.vocab, model, name, threshold=threshold, scorer=scorer)
-
-
-if not Language.has_factory(FACTORY):  # another package of this format may have registered it
-    Language.factory(
-        FACTORY,
-        assigns=["doc.ents", "token.ent_iob", "token.ent_type"],
-        default_config={
-            "model": {
-                "@architectures": "panx_xlmr.CrfTokenClassifier.v2",
-                "tok2vec": {"@architectures": "panx_xlmr.TransformerListener.v1"},
-            },
-            "threshold": 0.0,
-            "scorer": {"@scorers": "spacy.ner_scorer.v1"},
-        },
-        default_score_weights={"ents_f": 1.0, "ents_p": 0.0, "ents_r": 0.0, "ents_per_type": None},
-        func=make_token_ner,
-    )
-
-
 class TokenNer(TrainablePipe):
     """Set `doc.ents` from one IOB2 tag per word.
 
@@ -143,17 +119,11 @@ class TokenNer(TrainablePipe):
     """
 
     def __init__(
-        self,
-        vocab: Vocab,
-        model: Model[list[Doc], TagScores],
-        name: str = "ner",
-        *,
-        threshold: float = 0.0,
-        scorer: Callable | None = None,
+        self, nlp: Language, name: str, model: Model[list[Doc], TagScores], threshold: float, scorer: Callable | None
     ) -> None:
         if not 0 <= threshold <= 1:
             raise ValueError(f"The threshold of the pipe '{name}' is {threshold}, expected a probability from 0 to 1.")
-        super().__init__(vocab, model, name, labels=[])
+        super().__init__(nlp.vocab, model, name, labels=[])
         self.threshold = threshold
         self.scorer = scorer
 
@@ -238,10 +208,8 @@ class TokenNer(TrainablePipe):
             return
         sequences = [list(tag_sequences(doc)) for doc in docs]
         # one array for all Docs: each copy from a GPU is a synchronisation
-        every, *parameters = map(
-            self.model.ops.to_numpy,
-            (self.model.ops.xp.concatenate(scores.emissions), scores.transitions, scores.start),
-        )
+        arrays = self.model.ops.xp.concatenate(scores.emissions), scores.transitions, scores.start
+        every, *parameters = map(self.model.ops.to_numpy, arrays)
         ends = numpy.cumsum([len(doc_scores) for doc_scores in scores.emissions])
         emissions = [
             every[[end - len(doc) + start for start, _ in words]]
@@ -258,7 +226,8 @@ class TokenNer(TrainablePipe):
                 for (first, last, label), probability in zip(*next(found), strict=True)
                 if probability >= self.threshold
             }
-            doc.set_ents([*doc.ents, *scored], blocked=_blocked(doc))
+            blocked = [doc[token.i : token.i + 1] for token in doc if token.ent_iob == 3 and not token.ent_type]
+            doc.set_ents([*doc.ents, *scored], blocked=blocked)
             for span, probability in scored.items():
                 span._.set(SCORED, (span.label_, probability))
 
@@ -276,14 +245,12 @@ class TokenNer(TrainablePipe):
             for words in tag_sequences(example.predicted):
                 rows.append([int(end) - len(tags) + start for start, _ in words])
                 gold.append([_word_tag(tags[start:stop]) for start, stop in words])
-        emissions, transitions, start = leaves = [
-            xp2torch(scores, requires_grad=True)
-            for scores in (self.model.ops.xp.concatenate(scores.emissions), scores.transitions, scores.start)
-        ]
+        arrays = self.model.ops.xp.concatenate(scores.emissions), scores.transitions, scores.start
+        emissions, transitions, start = leaves = [xp2torch(array, requires_grad=True) for array in arrays]
         count = sum(tag != MASKED for tags in gold for tag in tags)
         # one copy to a GPU is faster than two
         both = torch.from_numpy(numpy.stack([_padded(rows, 0), _padded(gold, PADDING)])).to(emissions.device)
-        padded = emissions.index_select(0, both[0].flatten()).view(*both[0].shape, -1)
+        padded = emissions.index_select(0, both[0].flatten()).view(*both[0].shape, emissions.shape[1])
         loss = negative_log_likelihood(padded, transitions, start, both[1]) / max(count, 1)
         gradients = [torch2xp(g) for g in torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
         by_doc = self.model.ops.unflatten(gradients[0], numpy.array(lengths, dtype="int32"))
@@ -305,6 +272,23 @@ class TokenNer(TrainablePipe):
         """Annotate a stream in batches of bounded size."""
         for docs in registry.misc.get("panx_xlmr.Batches.v1")(stream, batch_size):  # scripts/pipeline/pipes.py
             yield from super().pipe(docs, batch_size=len(docs))
+
+
+if not Language.has_factory(FACTORY):  # another package of this format may have registered it
+    Language.factory(
+        FACTORY,
+        assigns=["doc.ents", "token.ent_iob", "token.ent_type"],
+        default_config={
+            "model": {
+                "@architectures": "panx_xlmr.CrfTokenClassifier.v2",
+                "tok2vec": {"@architectures": "panx_xlmr.TransformerListener.v1"},
+            },
+            "threshold": 0.0,
+            "scorer": {"@scorers": "spacy.ner_scorer.v1"},
+        },
+        default_score_weights={"ents_f": 1.0, "ents_p": 0.0, "ents_r": 0.0, "ents_per_type": None},
+        func=TokenNer,
+    )
 
 
 def _scored(batch: Sequence[Any], classify: Model) -> list[Any]:
@@ -339,10 +323,7 @@ def allowed_transitions(tags: int) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 def _padded(sequences: Sequence[Sequence[int]], filler: int) -> numpy.ndarray:
     """Return the sequences as one array of shape (sequences, longest)."""
-    lengths = numpy.array([len(sequence) for sequence in sequences], dtype="int64")
-    padded = numpy.full((len(sequences), lengths.max(initial=0)), filler, dtype="int64")
-    padded[numpy.arange(padded.shape[1]) < lengths[:, None]] = [i for sequence in sequences for i in sequence]
-    return padded
+    return numpy.array([*zip_longest(*sequences, fillvalue=filler)], dtype="int64").T
 
 
 def negative_log_likelihood(
@@ -532,7 +513,3 @@ def _in_word(character: str) -> bool:
 def _word_tag(tags: Sequence[int]) -> int:
     """Return a word's tag: missing if one of its tokens' is, else the first that is not O."""
     return MASKED if MASKED in tags else next((tag for tag in tags if tag != OUTSIDE), OUTSIDE)
-
-
-def _blocked(doc: Doc) -> list[Span]:
-    return [doc[token.i : token.i + 1] for token in doc if token.ent_iob == 3 and not token.ent_type]

@@ -25,7 +25,7 @@ LONG = 100
 PIECE = 2000
 # Characters at either end of a long chunk in which a prefix or suffix is looked for.
 SIGHT = 40
-LONG_CHUNK = re.compile(rf"\S{{{LONG + 1},}}")
+LONG_CHUNK = re.compile(rf"(\S{{{LONG + 1},}})( ?)")
 SURROGATE = re.compile("[\ud800-\udfff]")
 # Marks inside words: hyphens, apostrophes, a.C., 3,5, 12:30, H&M, a user name, 10%, 20°, C++, Catalan l·l, 1/2.
 INSIDE_WORDS = frozenset("-\u2010\u2011'’.,:&@#_%°+·/")
@@ -64,26 +64,17 @@ class LinearTokenizer(Tokenizer):
         string = SURROGATE.sub("\ufffd", string)
         if not LONG_CHUNK.search(string):
             return super().__call__(string)
-        words: list[str] = []
-        spaces: list[bool] = []
-        norms: list[str] = []
-
-        def add(text: str) -> None:
-            for token in Tokenizer.__call__(self, text):
-                words.append(token.text)
-                spaces.append(bool(token.whitespace_))
-                norms.append(token.norm_)
-
-        start = 0
+        texts, start = [], 0
         for chunk in LONG_CHUNK.finditer(string):
-            add(string[start : chunk.start()])
-            for part in self._parts(chunk.group()):
-                add(part)
+            texts += [string[start : chunk.start()], *self._parts(chunk[1])]
+            texts[-1] += chunk[2]  # spaCy stores one space with the token before it
             start = chunk.end()
-            if string[start : start + 1] == " ":  # spaCy stores one space with the token before it
-                spaces[-1] = True
-                start += 1
-        add(string[start:])
+        tokens = [
+            (token.text, bool(token.whitespace_), token.norm_)
+            for text in (*texts, string[start:])
+            for token in Tokenizer.__call__(self, text)
+        ]
+        words, spaces, norms = zip(*tokens, strict=True)
         doc = Doc(self.vocab, words=words, spaces=spaces)
         for token, norm in zip(doc, norms, strict=True):
             if token.norm_ != norm:  # set by one of the language's exceptions
