@@ -231,6 +231,7 @@ def test_entities_and_blocked_tokens_of_earlier_pipes_are_kept_and_the_rest_is_l
         ("Bari", "LOC", ""),
     ]
     assert doc.ents[2].start == 6
+    assert (doc[4].ent_iob_, doc[4].ent_type_) == ("B", "")  # blocked for later pipes too
 
 
 def test_a_label_added_to_a_trained_pipe_leaves_its_scores_and_can_be_learned(nlp):
