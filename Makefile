@@ -30,7 +30,7 @@ all gpu-check:
 	@nvidia-smi > /dev/null 2>&1 || { echo "No NVIDIA driver works here (nvidia-smi fails): install one, or run on the CPU with \
 	\`make venv\` and \`$(BIN)/python -m spacy project run all . --vars.gpu_id -1\`."; exit 1; }
 	$(MAKE) venv-gpu
-	$(BIN)/python -m $(if $(filter all,$@),spacy project run all,scripts.gpu_check)
+	$(BIN)/python -m $(if $(filter all,$@),spacy project run all,benchmarks.gpu_check)
 demo: venv
 	@$(BIN)/python -u examples/demo.py
 test: venv-dev

@@ -6,7 +6,7 @@ refused. `COUNTS` holds PyTorch's kernels, copies to the device and synchronisat
 
 It cannot show: real kernels, their numbers (fp16 rounds differently), streams, races, memory, a driver, speed, or
 whether CuPy's libraries load. A kernel is one operator call, except for the operators in `torch_on_cuda.KERNELS`. It
-depends on private functions of the PyTorch that requirements.txt pins. scripts/gpu_check.py shows the rest on a GPU.
+depends on private functions of the PyTorch that requirements.txt pins. benchmarks/gpu_check.py shows the rest on a GPU.
 """
 
 import sys

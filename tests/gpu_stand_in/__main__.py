@@ -21,7 +21,8 @@ from spacy.training import Corpus, Example  # noqa: E402
 from spacy.training.initialize import init_nlp  # noqa: E402
 from thinc.api import Config, use_ops  # noqa: E402
 
-from scripts import check, configure, convert, evaluate, gpu_check, slim  # noqa: E402
+from benchmarks import gpu_check  # noqa: E402
+from scripts import check, configure, convert, evaluate, slim  # noqa: E402
 from scripts.pipeline import encoder as layer  # noqa: E402
 
 RESULTS: dict[str, Any] = {"autocast in prediction": 0, "predictions": 0}
