@@ -148,8 +148,9 @@ def plot_calibration(bins: Sequence[tuple[int, float, float]]) -> Figure:
 def render(doc: Doc) -> Markup:
     """Render the entities of a Doc with displaCy, which would warn of a Doc without any."""
     ents = [{"start": ent.start_char, "end": ent.end_char, "label": ent.label_} for ent in doc.ents]
-    settings = {"style": "ent", "manual": True, "options": {"colors": COLORS}, "page": False, "jupyter": False}
-    return Markup(displacy.render({"text": doc.text, "ents": ents}, **settings))
+    parsed = {"text": doc.text, "ents": ents, "settings": displacy.get_doc_settings(doc)}
+    options = {"style": "ent", "manual": True, "options": {"colors": COLORS}, "page": False, "jupyter": False}
+    return Markup(displacy.render(parsed, **options))
 
 
 def make_report(gold: Sequence[Doc], predicted: Sequence[Doc], training: list[dict[str, Any]], name: str) -> str:

@@ -97,7 +97,7 @@ def load(folder: Path) -> dict[str, list[list[Line]]]:
     if len(documents) < 10:
         raise UserError(
             f"{folder}: documents in its .txt files: {len(documents)}, expected at least ten, of which the ninth is "
-            "for validation and the tenth for testing; add some, with a blank line after each."
+            "for validation and the tenth for testing; add some, with a blank line after each, or name another folder."
         )
     parts: dict[str, list[list[Line]]] = {split: [] for split in SPLITS}
     for number, document in enumerate(documents):

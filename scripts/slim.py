@@ -174,10 +174,11 @@ def main(
         nlp = load_pipeline(model, gpu_id)
         if make_slim:
             encoder = nlp.get_pipe("transformer").model
-            texts, words, before = training_texts(data, corpus, lang), frequent_words(lang), len(encoder.tokenizer)
+            all_pieces = len(encoder.tokenizer)
+            texts, words = training_texts(data, corpus, lang), frequent_words(lang)
             prune(encoder, needed_ids(encoder.tokenizer, texts, words, pieces))
             round_weights(encoder, bits)
-            msg.good(f"{len(encoder.tokenizer):,} of {before:,} wordpieces")
+            msg.good(f"{len(encoder.tokenizer):,} of {all_pieces:,} wordpieces")
         parts = [list(Corpus(path, gold_preproc=True)(nlp)) for path in dev]
         temperature, before, after = find_temperature(nlp, parts)
         errors = f"{after * 100:.1f} points instead of {before * 100:.1f}"

@@ -125,7 +125,7 @@ class TransformerShim(HFShim):
         del bytes_data  # frees a copy of the weights, if the caller keeps none
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            # json, because srsly writes a layer_norm_eps of 1e-12 as 0, and refuses the 10**30 below
+            # json, because srsly writes a layer_norm_eps of 1e-12 as 0, and refuses model_max_length = 10**30
             (folder / "config.json").write_text(json.dumps(message["config"]), encoding="utf8")
             message["tokenizer"].pop("kwargs", None)
             for file, content in message["tokenizer"].items():
@@ -134,10 +134,9 @@ class TransformerShim(HFShim):
                         f"The pipeline's tokenizer has a file {file!r}, expected plain names; do not use it."
                     )
                 (folder / file).write_bytes(content)
-            # Hugging Face writes 10**30 for an unlimited model_max_length
             settings = json.loads(message["tokenizer"].get("tokenizer_config.json", b"{}"))
             if named := [n for n in ("vocab_file", "tokenizer_file", "merges_file", "spm_file") if settings.get(n)]:
-                raise ValueError(f"The tokenizer's tokenizer_config.json names a file ({named[0]}); do not use it.")
+                raise ValueError(f"The pipeline's tokenizer_config.json names a file ({named[0]}); do not use it.")
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             vocab_file = getattr(tokenizer, "vocab_file", None)
             vocab_file_contents = Path(vocab_file).read_bytes() if vocab_file else None
@@ -290,6 +289,7 @@ class PanxTransformerModel(TransformerModel):
             mixed_precision=mixed_precision,
             grad_scaler_config={},  # a new dict, because spacy-transformers writes into it
         )
+        del self.attrs["get_spans"]  # windows are cut from wordpieces, not from Docs
         self.attrs["replace_listener_cfg"] = _own_encoder_config
         self._func = forward
         self.init = _initialize
@@ -312,7 +312,7 @@ class PanxTransformerModel(TransformerModel):
         return copied
 
 
-@registry.architectures("panx_xlmr.Tok2VecTransformer.v2")
+@registry.architectures("panx_xlmr.Tok2VecTransformer.v3")
 def tok2vec_transformer(
     name: str,
     tokenizer_config: dict[str, Any],
@@ -328,14 +328,14 @@ def tok2vec_transformer(
     """
     model = PanxTransformerModel(name, tokenizer_config, transformer_config, mixed_precision, precision)
     first_wordpieces = registry.layers.get("panx_xlmr.FirstWordpieces.v1")  # scripts/pipeline/pipes.py
-    return chain(
-        model.attrs["replace_listener"](model), trfs2arrays(pooling, grad_factor) if pooling else first_wordpieces()
-    )
+    # nested, as `replace_listeners` puts it in the listener's place
+    own = model.attrs["replace_listener"](model)
+    return chain(own, trfs2arrays(pooling, grad_factor) if pooling else first_wordpieces())
 
 
 def _own_encoder_config(encoder_config: dict[str, Any], listener_config: dict[str, Any]) -> dict[str, Any]:
     of_listener = {key: listener_config[key] for key in ("pooling", "grad_factor") if key in listener_config}
-    return encoder_config | of_listener | {"@architectures": "panx_xlmr.Tok2VecTransformer.v2"}
+    return encoder_config | of_listener | {"@architectures": "panx_xlmr.Tok2VecTransformer.v3"}
 
 
 def _initialize(model: PanxTransformerModel, X: Any = None, Y: Any = None) -> None:

@@ -322,7 +322,7 @@ def allowed_transitions(tags: int) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 
 def _padded(sequences: Sequence[Sequence[int]], filler: int) -> numpy.ndarray:
-    """Return the sequences as one array of shape (sequences, longest)."""
+    """Return the sequences as one array of shape (sequences, longest), or (0,) if there are none."""
     return numpy.array([*zip_longest(*sequences, fillvalue=filler)], dtype="int64").T
 
 
