@@ -77,6 +77,7 @@ def test_a_killed_run_goes_on_where_it_stopped_on_a_cluster_without_this_project
         run = subprocess.Popen(command, **options)
         while len(list(out.glob("part-*"))) < 3:
             assert run.poll() is None
+            time.sleep(0.02)
         run.kill()
         run.wait()
         written = {path: path.stat().st_mtime_ns for path in out.glob("part-*")}
