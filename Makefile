@@ -40,7 +40,7 @@ test-faults: venv-dev
 	FAULTS=1 $(BIN)/python -m pytest -s tests/faults tests/test_download.py tests/test_annotate.py
 known-answers:
 	@test -x build/demo-venv/bin/python || { echo "build/demo-venv does not exist; run make demo first."; exit 1; }
-	build/demo-venv/bin/python -m tests.known_answers.compare it_panx_xlmr $(if $(ACCEPT),--accept)
+	build/demo-venv/bin/python -m benchmarks.known_answers it_panx_xlmr $(if $(ACCEPT),--accept)
 fuzz: venv-dev
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/fuzz tests/test_hostile.py
 lock: venv-dev

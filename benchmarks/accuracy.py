@@ -36,12 +36,13 @@ BASELINE, PROJECT = "the card's recipe", "this project"
 SIZES = {"train": 1680, "validation": 840, "test": 840}
 # what the figures of this project's runs depend on
 SOURCES = [
-    *(ROOT / "scripts" / f"{name}.py" for name in ("panx", "convert", "configure", "train")),
+    *(ROOT / "scripts" / f"{name}.py" for name in ("panx", "convert", "running", "configure", "train", "evaluate")),
     *(ROOT / "scripts" / "pipeline").glob("*.py"),
     ROOT / "configs" / "xlmr.cfg",
     ROOT / "benchmarks" / "ablations.py",
 ]
 VARS = ("learning_rate", "head_learning_rate_scale", "batch_size", "epochs")
+VARS += ("running_times", "letter_case", "threshold")
 SCORES = ("validation", "test", "raw_text")
 # the overrides of `spacy train` that undo each choice
 CHOICES = {

@@ -70,7 +70,8 @@ def rows(name: str, case: str, score: dict[str, Any]) -> str:
         f"{name:12} {case:14} P {score['ents_p'] * 100:5.2f} R {score['ents_r'] * 100:5.2f} "
         f"F {score['ents_f'] * 100:5.2f} | {labels} | overlap F {overlap['ents_f'] * 100:5.2f} | recall after elision "
         f"{score['after_elision'] * 100:5.2f}, elsewhere {score['elsewhere'] * 100:5.2f} | "
-        f"{score['false_per_1000']:.2f} false per 1,000 tokens | calibration {score['calibration_error'] * 100:.1f}"
+        f"{score['false_per_1000']:.2f} false per 1,000 tokens"
+        + (f" | calibration {score['calibration_error'] * 100:.1f}" if "calibration_error" in score else "")
     )
 
 
@@ -117,12 +118,9 @@ def main(
             scores[path.stem] = {case: score_running_text(nlp, docs) for case, docs in gold.items()}
             for case, score in scores[path.stem].items():
                 print(rows(path.stem, case, score))
-            print("threshold, precision, recall: ", end="")
-            print(
-                "; ".join(
-                    f"{t:.2f} {p * 100:.1f} {r * 100:.1f}" for t, p, r in scores[path.stem]["as it is"]["coverage"]
-                )
-            )
+            curve = scores[path.stem]["as it is"].get("coverage", [])  # none for another project's pipeline
+            points = (f"{t:.2f} {p * 100:.1f} {r * 100:.1f}" for t, p, r in curve)
+            print("threshold, precision, recall:", "; ".join(points))
             if errors:
                 found = list(find_errors(nlp, gold["as it is"]))
                 print("errors:", ", ".join(f"{n} {kind}" for kind, n in Counter(k for k, _ in found).most_common()))

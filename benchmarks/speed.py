@@ -39,6 +39,7 @@ from spacy.tokens import DocBin
 from thinc.api import xp2torch
 from wasabi import msg
 
+from scripts.evaluate import score_entities
 from scripts.pipeline import linear
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,11 +226,8 @@ def read_test(path: Path) -> tuple[list[str], list[Entities]]:
 
 def f1(gold: Sequence[Entities], found: Sequence[Sequence[Any]]) -> float:
     """Return strict F1 by characters, in percent."""
-    pairs = [({tuple(e) for e in g}, {tuple(e) for e in f}) for g, f in zip(gold, found, strict=True)]
-    right, expected, given = (
-        sum(len(s) for s in sets) for sets in zip(*((g & f, g, f) for g, f in pairs), strict=True)
-    )
-    return 200 * right / max(expected + given, 1)
+    as_sets = ([{tuple(entity) for entity in some} for some in texts] for texts in (gold, found))
+    return 100 * score_entities(*as_sets)["ents_f"]
 
 
 def spread(values: Sequence[float], form: str = ",.0f") -> str:

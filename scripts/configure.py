@@ -28,7 +28,7 @@ SETTINGS = {
 def configure(template: Path, *, sentences: int, epochs: int, gpu_id: int, **variables: Any) -> Config:
     """Return the training config for a number of training sentences, with every default filled in.
 
-    variables: one of each key of SETTINGS. Raises UserError for a hyperparameter out of range.
+    variables: by their keys in SETTINGS. Raises UserError for a hyperparameter out of range.
     """
     batch_size, seed = variables["batch_size"], variables["seed"]
     for name, value, least in (("batch_size", batch_size, 1), ("epochs", epochs, 1), ("seed", seed, 0)):
@@ -56,14 +56,6 @@ def configure(template: Path, *, sentences: int, epochs: int, gpu_id: int, **var
     return load_model_from_config(config, auto_fill=True).config
 
 
-def count_docs(path: Path) -> int:
-    """Return the number of Docs in a .spacy file. Raises UserError for another file."""
-    try:
-        return len(DocBin().from_disk(path))
-    except Exception as error:  # zlib's, msgpack's or spaCy's
-        raise UserError(f"{path}: not a readable DocBin ({error}); run `spacy project run convert` again.") from None
-
-
 def main(
     template: Annotated[Path, typer.Argument(help="Config with the pipeline and the training", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Where the full config goes", show_default=False)],
@@ -76,26 +68,11 @@ def main(
     threshold: Annotated[float, typer.Option(help="Least probability of an entity")],
     lang: Annotated[str, typer.Option(help="spaCy's code of the language")],
     gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")],
-    train: Annotated[Path, typer.Option(help="Training sentences")] = Path("corpus/train.spacy"),
-    encoder: Annotated[Path, typer.Option(help="Folder of the encoder")] = Path("assets/encoder"),
 ) -> None:
     """Write the full training config from the template and the project's hyperparameters."""
+    variables = {name: value for name, value in locals().items() if name not in ("template", "output")}
     with one_sentence():
-        config = configure(
-            template,
-            sentences=count_docs(train),
-            lang=lang,
-            encoder=encoder,
-            learning_rate=learning_rate,
-            head_learning_rate_scale=head_learning_rate_scale,
-            batch_size=batch_size,
-            epochs=epochs,
-            seed=seed,
-            letter_case=letter_case,
-            threshold=threshold,
-            gpu_id=gpu_id,
-        )
-        config["paths"]["train"] = train.as_posix()
+        config = configure(template, sentences=len(DocBin().from_disk("corpus/train.spacy")), **variables)
         with replacing(output) as path:
             config.to_disk(path)
         steps = config["training"]["max_steps"]

@@ -83,7 +83,7 @@ def cut_elisions(nlp: Language, word: str) -> list[str]:
         elided = re.search(r"\w['’]$", parts[-1]) and token.text[0].isalnum()
         if elided:
             parts.append("")
-        parts[-1] += token.text
+        parts[-1] += token.text_with_ws
     return parts
 
 

@@ -149,6 +149,9 @@ def read_extra(extra_train: str, dataset: str, revision: str) -> tuple[Sentences
             lang = files[0].stem.removeprefix("train-")
         if name in sentences:
             raise UserError(f"extra_train: {name} is given twice; name each folder or config once.")
+        tsv = local_folder(source, "dataset")
+        if not folder and tsv and any(tsv.glob("*.tsv")) and not (tsv / f"train-{lang}.tsv").is_file():
+            raise UserError(f"extra_train: {name} is no folder, and {tsv} has no train-{lang}.tsv; name one of them.")
         data, record = read_data(source, name, revision, lang, ("train",))
         sentences[name] = data["train"]
         records.append(record)
@@ -174,6 +177,8 @@ def check_encoder(folder: Path, name: str) -> None:
 
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; add a tokenizer.json")
         if hasattr(tokenizer, "vocab_file") and not tokenizer.vocab_file:
             missing = tokenizer.vocab_files_names["vocab_file"]
             remedy = 'add it, or set "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'

@@ -104,6 +104,7 @@ def score_running_text(nlp: Language, gold: Sequence[Doc]) -> dict[str, Any]:
     `overlap`: see score_overlaps. `after_elision`, `elsewhere`: exact recall of names after an elided word and of all
     others. `false_per_1000`: entities found per 1,000 tokens in texts without any. `calibration_error`: see
     expected_calibration_error. `coverage`: (threshold, precision, share of the gold entities found) by `panx_score`.
+    The last two are left out if an entity has no `panx_score`.
     """
     expected = [entities_of(doc) for doc in gold]
     docs = list(nlp.pipe(doc.text for doc in gold))
@@ -114,14 +115,16 @@ def score_running_text(nlp: Language, gold: Sequence[Doc]) -> dict[str, Any]:
             recalls[doc.text[: entity[0]].endswith(("'", "’"))].append(entity in predicted)
     empty = [(doc, predicted) for doc, predicted in zip(gold, found, strict=True) if not doc.ents]
     tokens = sum(len(doc) for doc, _ in empty)
-    return score_entities(expected, found) | {
+    figures = score_entities(expected, found) | {
         "overlap": score_overlaps(expected, found),
         "after_elision": _share(recalls[True]),
         "elsewhere": _share(recalls[False]),
         "false_per_1000": 1000 * sum(len(predicted) for _, predicted in empty) / tokens if tokens else 0.0,
-        "calibration_error": expected_calibration_error(calibration_bins(gold, docs)),
-        "coverage": coverage(gold, docs),
     }
+    if all(ent._.panx_score is not None for doc in docs for ent in doc.ents):
+        figures["calibration_error"] = expected_calibration_error(calibration_bins(gold, docs))
+        figures["coverage"] = coverage(gold, docs)
+    return figures
 
 
 def scored_entities(gold: Sequence[Doc], predicted: Sequence[Doc]) -> tuple[numpy.ndarray, numpy.ndarray]:

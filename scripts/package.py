@@ -10,7 +10,7 @@ import jinja2
 import spacy
 import srsly
 import typer
-from spacy.util import load_config
+from spacy.util import get_lang_class, load_config
 from thinc.api import Config
 from wasabi import msg
 
@@ -27,12 +27,16 @@ NAMES = {
 TRAINING_SECTIONS = ("paths", "system", "corpora", "training", "initialize")
 
 
-def check_names(**names: str) -> None:
-    """Raise UserError for a part of the package's name that is not valid in a wheel's name."""
-    for key, value in names.items():
+def check_names(lang: str, name: str, version: str) -> None:
+    """Raise UserError for a part of the package's name that is not valid in a wheel's name, or an unknown language."""
+    for key, value in (("lang", lang), ("name", name), ("version", version)):
         pattern, expected = NAMES[key]
         if not re.fullmatch(pattern, value):
             raise UserError(f"{key} is {value!r}, expected {expected}; set --vars.{key}.")
+    try:
+        get_lang_class(lang)
+    except ImportError:
+        raise UserError(f"lang is {lang!r}, which spaCy does not know; set --vars.lang.") from None
 
 
 def inference_config(config: Config, encoder: str) -> Config:
@@ -141,6 +145,7 @@ def main(
             test=test,
             raw_text=raw_text,
             running=srsly.read_json(metrics / "running.json"),
+            further=bool(origin["extra_train"]),
             times=times,
             training=training,
             stats=stats,

@@ -40,7 +40,7 @@ def split_path(folder: Path, split: str, lang: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise UserError(
-        f"{folder}: neither {names[0]} nor {names[1]} is there; name a folder with all three splits "
+        f"{folder} has neither {names[0]} nor {names[1]}; give a folder with all three splits "
         f"({', '.join(SPLITS)}) as token<TAB>tag files."
     )
 
@@ -80,7 +80,7 @@ def read_tsv(path: Path) -> list[Sentence]:
         words.append(word)
         tags.append(tag)
     if not sentences:
-        raise UserError(f"{path}: no sentence in it where token<TAB>tag lines were expected; give the split's file.")
+        raise UserError(f"{path}: no sentences; expected token<TAB>tag lines.")
     return sentences
 
 
@@ -109,7 +109,7 @@ def subset(sentences: Sequence[Item], size: int, name: str) -> list[Item]:
     as `name`, if `size` is negative or above the number of sentences.
     """
     if not 0 <= size <= len(sentences):
-        raise UserError(f"{name}: {size} sentences asked for, {len(sentences)} there; set a size up to that, or 0.")
+        raise UserError(f"{name}: {len(sentences)} sentences, {size} asked for; set a size up to that, or 0 for all.")
     if size == 0:
         return list(sentences)
     return [sentences[i] for i in numpy.random.default_rng(0).permutation(len(sentences))[:size]]

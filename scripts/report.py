@@ -201,7 +201,7 @@ def main(
         examples = list(Corpus(corpus, gold_preproc=True)(nlp))
         gold = [example.reference for example in examples]
         if not any(doc.ents for doc in gold):
-            raise UserError(f"{corpus}: no gold entity; give sentences with gold entities.")
+            raise UserError(f"{corpus}: no gold entities; give annotated sentences.")
         predicted = list(nlp.pipe(example.predicted for example in examples))
         with replacing(output) as path:
             path.write_text(make_report(gold, predicted, rows, name), encoding="utf8")

@@ -64,7 +64,7 @@ def parse_line(raw: str, where: str) -> Line:
     text += raw[end:]
     if bracket := re.search(r"[\[\]]", text):
         raise UserError(
-            f"{where}: a bracket that is no entity at {text[bracket.start() :][:30]!r}; expected "
+            f"{where}: unexpected bracket at {text[bracket.start() :][:30]!r}; expected "
             f"[LABEL text] with one of {', '.join(ENTITY_LABELS)}: fix the line."
         )
     return Line(text, tuple(entities), where)
@@ -126,10 +126,14 @@ def count(folder: Path) -> dict[str, Any]:
     return {
         "all": _counts(every) | {"documents": sum(map(len, parts.values()))},
         "kinds": {
-            kind: _counts(some) | {"share": round(len(some) / len(every), 4)} for kind, some in sorted(kinds.items())
+            kind: _counts(some) | {"share": round(len(some) / len(every), 4)}
+            for kind, some in sorted(kinds.items())
+            if some
         },
         "splits": {split: _counts(some) | {"documents": len(parts[split])} for split, some in lines.items()},
-        "test_names_not_in_train": round(sum(name not in names["train"] for name in test_names) / len(test_names), 4),
+        "test_names_not_in_train": round(
+            sum(name not in names["train"] for name in test_names) / max(len(test_names), 1), 4
+        ),
         "names_used_most": dict(Counter(line.text[a:b] for line in every for a, b, _ in line.entities).most_common(20)),
     }
 
@@ -142,9 +146,9 @@ def agreement(folder: Path, second: Path) -> float:
     first = [line for document in load(folder)["test"] for line in document]
     other = [line for document in read_documents(second) for line in document]
     if [line.text for line in first] != [line.text for line in other]:
-        raise UserError(f"{second}: not the sentences of the test part in the same order; correct the file.")
+        raise UserError(f"{second}: expected the sentences of the test part in the same order; correct the file.")
     both = sum(len({*one.entities} & {*two.entities}) for one, two in zip(first, other, strict=True))
-    return 2 * both / sum(len(line.entities) for line in (*first, *other))
+    return 2 * both / max(sum(len(line.entities) for line in (*first, *other)), 1)
 
 
 def _counts(lines: Sequence[Line]) -> dict[str, Any]:

@@ -55,8 +55,13 @@ def trained(nlp, steps=60):
         example(nlp, ["Anna", "Neri", "vive", "a", "Bari"], ["B-PER", "I-PER", "O", "O", "B-LOC"]),
         example(nlp, ["La", "Spezia", "e", "Ugo"], ["B-LOC", "I-LOC", "O", "B-PER"]),
     ]
-    optimizer = nlp.initialize(lambda: examples)
+    nlp.initialize(lambda: examples)
+    learn(nlp, examples, steps)
+    return examples
+
+
+def learn(nlp, examples, steps=60):
+    optimizer = nlp.resume_training()
     optimizer.learn_rate = 0.1
     for _ in range(steps):
         nlp.update(examples, sgd=optimizer)
-    return examples

@@ -38,8 +38,8 @@ def test_it_labels_the_other_sentences_where_all_pipelines_agree(pipelines, opti
 
 def test_what_cannot_be_labelled_is_refused_and_nothing_is_written(pipelines, options, tmp_path, refused):
     assert "expected two or more" in refused(agree, pipelines[0], *options, "--train-size", 1)
-    assert "no other sentence" in refused(agree, *pipelines, *options, "--train-size", 0)
-    assert "9 sentences asked for" in refused(agree, *pipelines, *options, "--train-size", 1, "--size", 9)
+    assert "trained on every sentence" in refused(agree, *pipelines, *options, "--train-size", 0)
+    assert "9 asked for" in refused(agree, *pipelines, *options, "--train-size", 1, "--size", 9)
     (tmp_path / "train-it.tsv").write_text("Rita\tO\n\nRita\tO\nRita\tO\n")
     assert "agree on no sentence" in refused(agree, *pipelines, *options, "--train-size", 1)
     assert not (tmp_path / "agreed").exists()

@@ -50,11 +50,11 @@ def rows_of(output):
     return rows
 
 
-def annotate_file(nlp, path, output):
+def annotate_file(nlp, path, output, max_chars=1000, unit_rows=4):
     """Annotate a file in this process and return its rows and bad rows."""
     annotator = Annotator("", output, {}, 1, False)
     annotator.nlp = nlp
-    for unit in units({path.name: path}, "text", 1000, 4):
+    for unit in units({path.name: path}, "text", max_chars, unit_rows):
         annotator.annotate(unit)
     bad = [json.loads(line) for path in sorted(output.glob("_bad/*")) for line in path.read_text().splitlines()]
     return rows_of(output), {(row["file"], row["row"]): row["reason"] for row in bad}
@@ -198,20 +198,20 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(model, refused, tmp_path
     monkeypatch.setattr(script, "start_ray", lambda *_: (_ for _ in ()).throw(UserError("Stopped.")))
     run = (model, tmp_path / "in", tmp_path / "out")
     write_folder(tmp_path / "in", 5)
-    assert "not begun by this command" in refused(script, *run[:2], model)
+    assert "not created by this command" in refused(script, *run[:2], model)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "._manifest.json.partial-host-1").write_text("{")  # of a run that was killed as it began
     assert "Stopped" in refused(script, *run)
     assert "Stopped" in refused(script, *run)
-    assert "begun with another max_chars (100000, not 5)" in refused(script, *run, "--max-chars", 5)
+    assert "max_chars was 100000, and is now 5" in refused(script, *run, "--max-chars", 5)
     spacy.blank("it").to_disk(tmp_path / "other")
-    assert "begun with another model (it_pipeline" in refused(script, tmp_path / "other", *run[1:])
+    assert "model was it_pipeline" in refused(script, tmp_path / "other", *run[1:])
     with script.only_one(tmp_path / "out"):
         assert "another run writes there" in refused(script, *run)
     (tmp_path / "in" / "d.jsonl").write_text('{"text": "Nuoro"}\n')
-    assert "begun with another d.jsonl (None, not [18, " in refused(script, *run)
+    assert "d.jsonl was None, and is now [18, " in refused(script, *run)
     (tmp_path / "in" / "d.jsonl").rename(tmp_path / "in" / "b.jsonl")
-    assert "begun with another b.jsonl" in refused(script, *run)
+    assert "b.jsonl was " in refused(script, *run)
     assert "a.parquet: the column 'id' is int64, not strings" in refused(script, *run, "--column", "id")
     found = units({"a.parquet": tmp_path / "in" / "a.parquet"}, "text", 100, 1)
     with pytest.raises(UserError, match="another pipeline on this machine; install the same wheel"):
@@ -227,6 +227,7 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(model, refused, tmp_path
         ("a.parquet", b"PAR1 no", (), "a.parquet: not a whole Parquet file"),
         ("a.csv", b"id,testo\n1,Bari\n", (), "a.csv: no column 'text'; its columns are 'id', 'testo'"),
         ("a.csv", b"", (), "a.csv: no column 'text'; its columns are none"),
+        ("a.csv", b'text\n"Bari\nGela\n', (), "a.csv, line 3: not CSV (unexpected end of data); check its quotes"),
         ("a.csv", b'text\n"' + b"x" * 200_000, (), "a.csv, line 3: not CSV (field larger"),
         ("a.jsonl", b'{"testo": "Bari"}\n', (), "a.jsonl: no column 'text'; its columns are 'testo'"),
         ("a.txt", b"Bari\n", (), "no .parquet, .csv, .jsonl file"),

@@ -146,5 +146,5 @@ def test_a_download_that_fails_says_how_to_do_without(refused, tmp_path, monkeyp
 
 def test_a_folder_with_files_of_something_else_is_left_alone(refused, tmp_path):
     (tmp_path / "thesis.tex").touch()
-    assert "holds files that are not an encoder's" in refused(build_encoder, "--output", tmp_path)
+    assert "contains files that do not belong to an encoder" in refused(build_encoder, "--output", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -14,7 +14,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
     host = socket.gethostname()
     left, living, elsewhere = (
         tmp_path / f".encoder.partial-{name}-{pid}"
-        for name, pid in ((host, killed.pid), (host, os.getppid()), (f"another{host}", killed.pid))
+        for name, pid in ((host, killed.pid), (host, os.getppid()), (f"{host}-2", killed.pid))
     )
     for folder in (left, living, elsewhere):
         folder.mkdir()

@@ -1,18 +1,14 @@
 import pytest
-import spacy
 import srsly
-from spacy.tokens import Doc, DocBin
-from spacy.util import load_config
 
 from conftest import ROOT
-from scripts import configure as configure_script
 from scripts.common import UserError
 from scripts.configure import configure
 
 VARS = srsly.read_yaml(ROOT / "project.yml")["vars"]
 RATES = ("learning_rate", "head_learning_rate_scale", "letter_case", "threshold")
-VARIABLES = {name: VARS[name] for name in ("lang", "batch_size", "epochs", "seed", *RATES)} | {"gpu_id": -1}
-CARD = VARIABLES | {"encoder": "assets/encoder", "sentences": VARS["train_size"]}
+CARD = {name: VARS[name] for name in ("lang", "batch_size", "epochs", "seed", *RATES)}
+CARD |= {"gpu_id": -1, "encoder": "assets/encoder", "sentences": VARS["train_size"]}
 TEMPLATE = ROOT / "configs" / "xlmr.cfg"
 
 
@@ -72,21 +68,3 @@ def test_mixed_precision_and_allocator_are_set_with_a_gpu_only(gpu_id, allocator
 def test_a_hyperparameter_that_no_training_can_have_is_refused(changes, expected):
     with pytest.raises(UserError, match=expected):
         configure(TEMPLATE, **CARD | changes)
-
-
-def test_the_command_counts_the_sentences_and_says_how_to_train_for_other_steps(tmp_path, capsys):
-    vocab = spacy.blank("it").vocab
-    DocBin(docs=[Doc(vocab, words=["Roma"], ents=["B-LOC"])] * 49).to_disk(tmp_path / "train.spacy")
-    configure_script.main(TEMPLATE, tmp_path / "config.cfg", train=tmp_path / "train.spacy", **VARIABLES)
-    assert load_config(tmp_path / "config.cfg")["training"]["max_steps"] == 9
-    said = " ".join(capsys.readouterr().out.split())
-    assert "9 steps" in said
-    assert "--training.max_steps N --training.optimizer.learn_rate.total_steps N" in said
-
-
-def test_a_broken_corpus_gets_one_sentence_and_writes_nothing(refused, tmp_path):
-    (tmp_path / "train.spacy").write_bytes(b"half a file")
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in VARIABLES.items()]
-    output = refused(configure_script, TEMPLATE, tmp_path / "config.cfg", *options, "--train", tmp_path / "train.spacy")
-    assert "not a readable DocBin" in output
-    assert not (tmp_path / "config.cfg").exists()

@@ -12,7 +12,7 @@ from spacy_transformers.layers import trfs2arrays
 from thinc.api import Adam, ConfigValidationError, Optimizer, reduce_first
 from transformers import AutoModel, AutoTokenizer
 
-from scripts.pipeline import encoder, linear, pipes
+from scripts.pipeline import blank_pipeline, encoder, linear, pipes
 from scripts.pipeline.tokenizer import encoder_text
 
 
@@ -22,7 +22,7 @@ def nlp(tiny_encoder):
 
 
 def pipeline(folder, architecture="panx_xlmr.TransformerModel.v2", **settings):
-    nlp = spacy.blank("it")
+    nlp = blank_pipeline("it")
     model = {"@architectures": architecture, "name": str(folder), "tokenizer_config": {"use_fast": True}} | settings
     if architecture.startswith("panx"):
         model = {"mixed_precision": False, "transformer_config": {}} | model

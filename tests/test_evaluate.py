@@ -92,6 +92,7 @@ def test_text_without_entities_has_scores_too(nlp):
     scores = score_running_text(nlp, [gold(["oggi"], ["O"])])
     assert (scores["ents_f"], scores["after_elision"], scores["false_per_1000"]) == (0.0, 0.0, 0.0)
     assert {(precision, recall) for _, precision, recall in scores["coverage"]} == {(1.0, 0.0)}
+    assert "coverage" not in score_running_text(ruler({"Bari": "LOC"}), [gold(["Bari"], ["B-LOC"])])
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@ import re
 
 import pytest
 import srsly
-from spacy.schemas import ModelMetaSchema, validate
 from spacy.util import load_config
 
 from conftest import ROOT
@@ -32,11 +31,6 @@ def meta(**changes):
     return make_meta(TEMPLATE, **settings | changes)
 
 
-def test_meta_is_what_spacy_accepts_and_has_the_figures_of_raw_text():
-    assert validate(ModelMetaSchema, meta()) == []
-    assert meta()["performance"]["raw_text_ents_f"] == 0.55
-
-
 def test_sources_name_what_the_pipeline_was_made_from():
     data, encoder = meta()["sources"]
     assert (data["url"], data["config"], data["commit"]) == (
@@ -62,20 +56,10 @@ def test_config_needs_nothing_of_the_project_and_predicts_in_full_precision():
     assert not re.search("corpus/|assets/|TrainingLogger", config.to_str())
 
 
-def test_figures_of_other_weights_are_not_packaged(refused, tmp_path):
-    (tmp_path / "model" / "ner").mkdir(parents=True)
-    (tmp_path / "model" / "ner" / "model").write_bytes(b"weights")
-    srsly.write_json(tmp_path / "provenance.json", PROVENANCE)
-    (tmp_path / "metrics").mkdir()
-    srsly.write_json(tmp_path / "metrics" / "raw_text.json", {"ents_f": 0.5, "weights": "another"})
+def test_figures_of_other_weights_are_not_packaged(refused, project, tmp_path, monkeypatch):
+    monkeypatch.chdir(project)
     options = ["--lang", "it", "--name", "panx_xlmr", "--version", "1.0.0"]
-    options += ["--metrics", tmp_path / "metrics", "--provenance", tmp_path / "provenance.json"]
-    output = refused(prepare_package_script, tmp_path / "model", tmp_path / "package", "true", *options)
+    output = refused(prepare_package_script, "training/model-last", tmp_path / "package", "true", *options)
     assert "other weights" in output
     assert "spacy project run evaluate" in output
     assert not (tmp_path / "package").exists()
-
-
-def test_the_running_corpus_is_a_source_where_it_was_trained_on():
-    names = [source["name"] for source in meta(running=True)["sources"]]
-    assert names[1] == TEMPLATE["sources"]["running"]["name"]

@@ -40,16 +40,6 @@ def test_subset_is_what_datasets_shuffle_and_select_pick(sample, size):
     assert [list(s.words) for s in subset(sample["train"], size, "train")] == list(picked)
 
 
-def test_subset_of_size_0_is_everything_in_order(sample):
-    assert subset(sample["test"], 0, "test") == sample["test"]
-
-
-@pytest.mark.parametrize("size", [-1, 142])
-def test_subset_refuses_a_size_that_is_not_there(sample, size):
-    with pytest.raises(UserError, match="test: .* 141 there"):
-        subset(sample["test"], size, "test")
-
-
 def joined(words):
     return "".join(word + " " * space for word, space in zip(words, guess_spaces(words), strict=True))
 

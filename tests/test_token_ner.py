@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from spacy.tokens import Doc, Span
 from spacy.training import Example
 
-from lookup_ner import example, pipeline, trained
+from lookup_ner import example, learn, pipeline, trained
 from scripts.pipeline.token_ner import (
     MASKED,
     PADDING,
@@ -144,10 +144,7 @@ def test_what_panx_has_as_one_word_gets_one_tag(words, units):
 def test_a_hyphenated_word_is_found_as_a_whole(nlp):
     words, spaces = ["centro", "-", "nord", "oggi"], [False, False, True, False]
     examples = [*trained(nlp, steps=0), example(nlp, words, ["O", "O", "B-LOC", "O"], spaces)]
-    optimizer = nlp.resume_training()
-    optimizer.learn_rate = 0.1
-    for _ in range(60):
-        nlp.update(examples, sgd=optimizer)
+    learn(nlp, examples)
     assert [ent.text for ent in nlp(Doc(nlp.vocab, words=words, spaces=spaces)).ents] == ["centro-nord"]
 
 
@@ -181,8 +178,6 @@ def test_entities_have_a_score_and_other_spans_have_none(nlp):
     assert doc[0:1]._.panx_score is None
     assert Span(doc, 0, 2, label="BRAND")._.panx_score is None  # such as one that a later ruler has relabelled
     assert Span(doc, 0, 2, label="PER")._.panx_score == scores["Anna NeriPER"]
-    again = Doc(nlp.vocab).from_bytes(doc.to_bytes())
-    assert [ent._.panx_score for ent in again.ents] == [ent._.panx_score for ent in doc.ents]
 
 
 def test_entities_less_probable_than_the_threshold_are_left_out(nlp, tmp_path):
@@ -245,10 +240,7 @@ def test_a_label_added_to_a_trained_pipe_leaves_its_scores_and_can_be_learned(nl
     assert numpy.array_equal(after.emissions[0][:, :5], before.emissions[0])
     assert numpy.array_equal(after.transitions[:5, :5], before.transitions)
     examples.append(example(nlp, ["Eni", "e", "Ugo"], ["B-ORG", "O", "B-PER"]))
-    optimizer = nlp.resume_training()
-    optimizer.learn_rate = 0.1
-    for _ in range(60):
-        nlp.update(examples, sgd=optimizer)
+    learn(nlp, examples)
     assert nlp.evaluate(examples)["ents_f"] == 1.0
 
 

@@ -1,20 +1,15 @@
 import math
-from functools import partial
 
 import numpy
 import pytest
 import spacy
 import srsly
 import torch
-from spacy.cli.train import train
-from spacy.tokens import Doc, DocBin, Span
+from spacy.tokens import Doc, Span
 from spacy.training import Corpus, Example
 from thinc.api import warmup_linear
 
 from scripts import train as training
-from scripts.configure import configure
-from scripts.convert import convert_split, make_doc
-from test_configure import CARD, TEMPLATE
 
 
 def optimizer(**changes):
@@ -149,42 +144,24 @@ def test_letter_case_changes_a_share_of_the_texts_and_keeps_all_annotation(annot
         assert [(span.start, span.end) for span in changed.reference.spans["names"]] == [(0, 1)]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_encoder, sample):
-    """The folder of a training of two epochs of three batches."""
-    folder = tmp_path_factory.mktemp("run")
-    docs, _ = convert_split(sample["train"][:50], "train", partial(make_doc, spacy.blank("it").vocab))
-    for name, part in (("train", docs), ("dev", docs[:20])):
-        DocBin(docs=part).to_disk(folder / f"{name}.spacy")
-    settings = CARD | {"learning_rate": 2e-3, "head_learning_rate_scale": 2.0, "epochs": 2, "letter_case": 0.5}
-    config = configure(TEMPLATE, **settings | {"encoder": tiny_encoder, "sentences": len(docs)})
-    config["paths"] |= {"train": str(folder / "train.spacy"), "dev": str(folder / "dev.spacy")}
-    config["training"]["logger"] |= {
-        "output_file": str(folder / "training.jsonl"),
-        "plot_file": str(folder / "training.png"),
-    }
-    config.to_disk(folder / "config.cfg")
-    (folder / "training.jsonl").write_text('{"epoch": 9.0, "step": 9}\n')  # of an earlier training
-    train(folder / "config.cfg", folder)
-    return folder
+def test_a_row_for_each_epoch_that_counts_updates_and_the_last_weights_are_scored(project):
+    rows = list(srsly.read_jsonl(project / "metrics" / "training.jsonl"))
+    # 43 sentences in batches of 6
+    assert [(row["epoch"], row["step"]) for row in rows] == [(epoch, 8 * epoch) for epoch in range(1, 11)]
+    nlp = spacy.load(project / "training" / "model-last")
+    examples = list(Corpus(project / "corpus" / "dev.spacy", gold_preproc=True)(nlp))
+    assert nlp.evaluate(examples)["ents_f"] == pytest.approx(rows[-1]["ents_f"])
 
 
-def test_a_row_for_each_epoch_that_counts_updates_and_the_last_weights_are_scored(run):
-    rows = list(srsly.read_jsonl(run / "training.jsonl"))
-    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6)]
-    nlp = spacy.load(run / "model-last")
-    assert nlp.evaluate(list(Corpus(run / "dev.spacy", gold_preproc=True)(nlp)))["ents_f"] == rows[-1]["ents_f"]
-
-
-def test_validation_loss_is_that_of_the_saved_weights_on_all_tokens(run):
-    nlp = spacy.load(run / "model-last")
-    examples = list(Corpus(run / "dev.spacy", gold_preproc=True)(nlp))
+def test_validation_loss_is_that_of_the_saved_weights_on_all_tokens(project):
+    nlp = spacy.load(project / "training" / "model-last")
+    examples = list(Corpus(project / "corpus" / "dev.spacy", gold_preproc=True)(nlp))
     docs = [nlp.get_pipe("transformer")(example.predicted) for example in examples]
     loss, _ = nlp.get_pipe("ner").get_loss(examples, nlp.get_pipe("ner").predict(docs))
-    row = list(srsly.read_jsonl(run / "training.jsonl"))[-1]
+    *_, row = srsly.read_jsonl(project / "metrics" / "training.jsonl")
     assert row["validation_loss"] == pytest.approx(loss, rel=1e-4)
 
 
-def test_training_loss_is_a_mean_over_batches(run):
-    first, last = (row["training_loss"] for row in srsly.read_jsonl(run / "training.jsonl"))
+def test_training_loss_is_a_mean_over_batches(project):
+    first, *_, last = (row["training_loss"] for row in srsly.read_jsonl(project / "metrics" / "training.jsonl"))
     assert last < first < 2 * math.log(7)

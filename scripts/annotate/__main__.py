@@ -48,10 +48,10 @@ def begin(output: Path, run: dict[str, Any]) -> None:
         old = srsly.read_json(manifest)
         for key in sorted({*run, *old}):
             if run.get(key) != old.get(key):
-                change = f"another {key} ({old.get(key)}, not {run.get(key)})"
-                raise UserError(f"{output} was begun with {change}; name a new folder, or go on as it was begun.")
+                change = f"{key} was {old.get(key)}, and is now {run.get(key)}"
+                raise UserError(f"{output} belongs to another run: {change}; name a new folder, or repeat that run.")
     elif any(path.name[0] not in "._" for path in output.iterdir()):
-        raise UserError(f"{output}: not empty, and not begun by this command; name a new folder.")
+        raise UserError(f"{output}: not empty, and not created by this command; name a new folder.")
     else:
         with replacing(manifest) as temporary:
             srsly.write_json(temporary, run)
@@ -81,7 +81,9 @@ def fitting_workers(machines: Sequence[dict[str, Any]], cpus: int, gpus: float) 
     alive = [machine["Resources"] for machine in machines if machine["Alive"]]
     fitting = sum(int(min(has.get(kind, 0) / need for kind, need in needs.items())) for has in alive)
     if not fitting:
-        raise UserError(f"No worker fits: each needs {cpus} CPUs and {gpus:g} GPUs, more than a machine of Ray has.")
+        raise UserError(
+            f"No worker fits: each needs {cpus} CPUs and {gpus:g} GPUs, more than any machine of the cluster has."
+        )
     return fitting
 
 

@@ -114,7 +114,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[tuple[Any, str]]:
 def _read_csv(path: Path, column: str) -> Iterator[tuple[Any, str]]:
     csv.field_size_limit(LIMIT)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(iter(lambda: file.readline(LIMIT), ""))
+        reader = csv.reader(iter(lambda: file.readline(LIMIT), ""), strict=True)
         records = filter(None, reader)  # without blank lines
         try:
             header = next(records, [])

@@ -120,7 +120,7 @@ class DocCleaner:
         self.nlp = nlp
 
     def __call__(self, doc: Doc) -> Doc:
-        """Remove `doc._.trf_data`; its value is None then."""
+        """Remove `doc._.trf_data`; it is then None."""
         return next(self.pipe([doc]))
 
     def pipe(self, stream: Iterable[Doc], *, batch_size: int = 128) -> Iterator[Doc]:

@@ -8,12 +8,10 @@ import pytest
 import spacy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spacy.tokens import DocBin
 
 from fake_hub import write_encoder
 from scripts import download
 from scripts.common import UserError
-from scripts.configure import count_docs
 from scripts.convert import convert_split, make_doc
 from scripts.panx import read_tsv
 
@@ -45,7 +43,6 @@ READERS = {
     tsv: ["\ufeffAnna\tB-PER\nNeri\tI-PER\r\n\n \tO\n\nBari\u2028\tB-LOC\nè\tO\n".encode(), b"a\tI-ORG\n"],
     encoder_folder: [*ENCODER, (8).to_bytes(8, "little") + b'{"a":{} ' + b"0" * 8, DEEP],
     checksums: [SUMS, DEEP],
-    count_docs: [DocBin(docs=[spacy.blank("it")("Bari")]).to_bytes()],
 }
 
 
