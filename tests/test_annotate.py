@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pyarrow
@@ -192,6 +193,13 @@ def test_scores_and_precision_are_those_of_the_pipeline(tiny_encoder, tmp_path, 
     entities = [e for doc in annotator.nlp.pipe(texts) for e in doc.ents]
     assert [entity[:3] for entity in found] == [(e.start_char, e.end_char, e.label_) for e in entities] != []
     assert [entity[3] for entity in found] == pytest.approx([e._.panx_score for e in entities], abs=1e-6)
+
+
+def test_an_installed_package_is_known_by_its_name(project, tmp_path, monkeypatch):
+    (wheel,) = (project / "packages").rglob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert identify("it_panx_xlmr", "int8").startswith("it_panx_xlmr 2.0.0 ")
 
 
 def test_a_run_goes_on_only_with_what_it_was_begun_with(model, refused, tmp_path, monkeypatch):

@@ -25,9 +25,11 @@ SCHEMA = pyarrow.schema(COLUMNS | {"entities": pyarrow.list_(pyarrow.struct(ENTI
 def identify(model: str, precision: str | None = None) -> str:
     """Return a pipeline's name, version and the SHA-256 of its files. Raises UserError if it cannot be loaded."""
     folder = get_package_path(model) if is_package(model) else Path(model)
-    if not (folder / "meta.json").is_file():
+    # an installed package has its config in a subfolder
+    path = min(folder.rglob("config.cfg"), key=lambda path: len(path.parts), default=None)
+    if not path or not (folder / "meta.json").is_file():
         raise UserError(f"{model}: neither an installed pipeline nor a pipeline's folder; install its wheel first.")
-    config = (folder / "config.cfg").read_text(encoding="utf8")
+    config = path.read_text(encoding="utf8")
     if not is_package(model) and "panx_xlmr." in config:
         raise UserError(f"{model}: a pipeline without its code; install the wheel that `package` builds and name that.")
     if precision and "\nprecision = " not in config:
