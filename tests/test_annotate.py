@@ -58,7 +58,9 @@ def annotate_file(nlp, path, output, max_chars=1000, unit_rows=4):
     for unit in units({path.name: path}, "text", max_chars, unit_rows):
         annotator.annotate(unit)
     bad = [json.loads(line) for path in sorted(output.glob("_bad/*")) for line in path.read_text().splitlines()]
-    return rows_of(output), {(row["file"], row["row"]): row["reason"] for row in bad}
+    reasons = {(row["file"], row["row"]): row["reason"] for row in bad}
+    assert len(reasons) == len(bad)
+    return rows_of(output), reasons
 
 
 def test_a_killed_run_goes_on_where_it_stopped_on_a_cluster_without_this_project(model, tmp_path, capsys):

@@ -272,3 +272,11 @@ def test_memory_stays_where_it_is_over_100000_documents(run):
     """
     early, late = run(code)
     assert late < early * 1.05 + 20, f"{early:.0f} MB after 20,000 documents, {late:.0f} MB after 100,000"
+
+
+def test_spacy_evaluate_takes_it_by_name(project, process, tmp_path):
+    corpus = project / "corpus" / "test.spacy"
+    done = process("-m", "spacy", "evaluate", "it_panx_xlmr", corpus, "--gold-preproc", "--output", "m.json")
+    assert done.returncode == 0, done.stderr
+    test = srsly.read_json(project / "metrics" / "test.json")
+    assert srsly.read_json(tmp_path / "m.json")["ents_f"] == test["ents_f"]
