@@ -42,7 +42,7 @@ SOURCES = [
     ROOT / "benchmarks" / "ablations.py",
 ]
 VARS = ("learning_rate", "head_learning_rate_scale", "batch_size", "epochs")
-VARS += ("running_times", "letter_case", "threshold")
+VARS += ("running_times", "encoder_dropout", "letter_case", "threshold")
 SCORES = ("validation", "test", "raw_text")
 # the overrides of `spacy train` that undo each choice
 CHOICES = {
@@ -51,8 +51,7 @@ CHOICES = {
     },
     "head's learning rate × 60; without: × 1": {"training.optimizer.head_learning_rate_scale": 1},
     "no dropout in the encoder; without: 0.1": {
-        "components.transformer.model.transformer_config.hidden_dropout_prob": 0.1,
-        "components.transformer.model.transformer_config.attention_probs_dropout_prob": 0.1,
+        "components.transformer.model.transformer_config.hidden_dropout_prob": 0.1
     },
 }
 

@@ -37,7 +37,6 @@ from scripts.evaluate import entities_of
 SMALL = Path("assets/encoder-small")
 # chosen so that a pipeline finds entities after one epoch of the sample corpus
 SETTINGS = {"lang": "it", "learning_rate": 1e-4, "head_learning_rate_scale": 60, "batch_size": 8, "seed": 42}
-SETTINGS |= {"letter_case": 0.0, "threshold": 0.45}
 UPDATES = 20  # whose losses are compared
 # largest differences of a loss (nats per word) and of F1
 LIMITS = {"float32": (0.005, 0.05), "mixed precision": (0.1, 0.05)}

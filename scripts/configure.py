@@ -20,6 +20,7 @@ SETTINGS = {
     "batch_size": "training.batcher.size",
     "learning_rate": "training.optimizer.learn_rate.initial_rate",
     "head_learning_rate_scale": "training.optimizer.head_learning_rate_scale",
+    "encoder_dropout": "components.transformer.model.transformer_config.hidden_dropout_prob",
     "letter_case": "corpora.train.augmenter.share",
     "threshold": "components.ner.threshold",
 }
@@ -28,7 +29,7 @@ SETTINGS = {
 def configure(template: Path, *, sentences: int, epochs: int, gpu_id: int, **variables: Any) -> Config:
     """Return the training config for a number of training sentences, with every default filled in.
 
-    variables: by their keys in SETTINGS. Raises UserError for a hyperparameter out of range.
+    variables: by their keys in SETTINGS; the last three may be left out. Raises UserError for one out of range.
     """
     batch_size, seed = variables["batch_size"], variables["seed"]
     for name, value, least in (("batch_size", batch_size, 1), ("epochs", epochs, 1), ("seed", seed, 0)):
@@ -37,8 +38,8 @@ def configure(template: Path, *, sentences: int, epochs: int, gpu_id: int, **var
     for name in ("learning_rate", "head_learning_rate_scale"):
         if not 0 < variables[name] < float("inf"):
             raise UserError(f"{name} is {variables[name]}, expected a number above 0; set --vars.{name}.")
-    for name in ("letter_case", "threshold"):
-        if not 0 <= variables[name] <= 1:
+    for name in ("encoder_dropout", "letter_case", "threshold"):
+        if not 0 <= variables.get(name, 0) <= 1:
             raise UserError(
                 f"{name} is {variables[name]}, expected a number from 0 to 1; set --vars.{name}, "
                 f"or --vars.full_{name} for `run full`."
@@ -64,6 +65,7 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Sentences per batch")],
     epochs: Annotated[int, typer.Option(help="Passes over the training sentences")],
     seed: Annotated[int, typer.Option(help="Seed of all random numbers")],
+    encoder_dropout: Annotated[float, typer.Option(help="Dropout in the encoder")],
     letter_case: Annotated[float, typer.Option(help="Share of training texts whose letter case changes")],
     threshold: Annotated[float, typer.Option(help="Least probability of an entity")],
     lang: Annotated[str, typer.Option(help="spaCy's code of the language")],

@@ -6,7 +6,7 @@ from scripts.common import UserError
 from scripts.configure import configure
 
 VARS = srsly.read_yaml(ROOT / "project.yml")["vars"]
-RATES = ("learning_rate", "head_learning_rate_scale", "letter_case", "threshold")
+RATES = ("learning_rate", "head_learning_rate_scale", "encoder_dropout", "letter_case", "threshold")
 CARD = {name: VARS[name] for name in ("lang", "batch_size", "epochs", "seed", *RATES)}
 CARD |= {"gpu_id": -1, "encoder": "assets/encoder", "sentences": VARS["train_size"]}
 TEMPLATE = ROOT / "configs" / "xlmr.cfg"
@@ -17,7 +17,9 @@ def resolved(**changes):
 
 
 def test_the_cards_hyperparameters_arrive_in_the_config():
-    config = resolved(threshold=0.5)
+    config = resolved(encoder_dropout=0.1, threshold=0.5)
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    assert config["components"]["transformer"]["model"]["transformer_config"] == dropout
     assert config["components"]["ner"]["threshold"] == 0.5
     optimizer = config["training"]["optimizer"]
     assert [optimizer[key] for key in ("beta1", "beta2", "eps", "weight_decay")] == [0.9, 0.999, 1e-8, 0.01]
@@ -61,6 +63,7 @@ def test_mixed_precision_and_allocator_are_set_with_a_gpu_only(gpu_id, allocator
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"head_learning_rate_scale": -1.0}, "head_learning_rate_scale is -1.0"),
+        ({"encoder_dropout": 2.0}, "encoder_dropout is 2.0"),
         ({"letter_case": 1.5}, "letter_case is 1.5"),
         ({"threshold": -0.1}, "threshold is -0.1"),
     ],

@@ -11,7 +11,7 @@ from scripts.common import replacing
 
 DATASET = ["--dataset", "data", "--dataset-config", "tiny", "--dataset-revision", "x", "--lang", "it"]
 NUMBERS = {"learning-rate": 0.002, "head-learning-rate-scale": 2, "batch-size": 24, "epochs": 1, "seed": 42}
-NUMBERS |= {"letter-case": 0, "threshold": 0.45}
+NUMBERS |= {"encoder-dropout": 0, "letter-case": 0, "threshold": 0.45}
 # arguments of each script in a finished project; OUT is the folder of all that it writes
 SCRIPTS = {
     download: [*DATASET, "--output", "OUT", "--checksums", "configs/checksums.json", "--extra-train", "PAN-X.es"]
