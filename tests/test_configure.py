@@ -3,11 +3,10 @@ import srsly
 
 from conftest import ROOT
 from scripts.common import UserError
-from scripts.configure import configure
+from scripts.configure import SETTINGS, configure
 
 VARS = srsly.read_yaml(ROOT / "project.yml")["vars"]
-RATES = ("learning_rate", "head_learning_rate_scale", "encoder_dropout", "letter_case", "threshold")
-CARD = {name: VARS[name] for name in ("lang", "batch_size", "epochs", "seed", *RATES)}
+CARD = {name: VARS[name] for name in (*SETTINGS, "epochs")}
 CARD |= {"gpu_id": -1, "encoder": "assets/encoder", "sentences": VARS["train_size"]}
 TEMPLATE = ROOT / "configs" / "xlmr.cfg"
 
