@@ -96,7 +96,8 @@ def main() -> None:
 
     print(f"install: Install the wheel, and nothing else of this project, in {VENV}.")
     versions = Path("build/demo-versions.txt")  # those of this venv, which pip has in its cache
-    versions.write_bytes(subprocess.check_output([sys.executable, "-m", "pip", "freeze"]))
+    # an installed wheel of this project is another one
+    versions.write_bytes(subprocess.check_output([sys.executable, "-m", "pip", "freeze", "--exclude", name]))
     run("install", sys.executable, "-m", "venv", "--clear", VENV)
     run("install", VENV / "bin/python", "-m", "pip", "install", "--no-input", "-c", versions, wheel)
     print("The wheel's entities in six texts:")
