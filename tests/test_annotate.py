@@ -16,7 +16,7 @@ import spacy
 from conftest import ROOT
 from lookup_ner import ruler
 from scripts.annotate import __main__ as script
-from scripts.annotate.units import UNIT_CHARS, Unit, units
+from scripts.annotate.units import UNIT_CHARS, Unit, input_files, units
 from scripts.annotate.worker import Annotator, identify
 from scripts.common import UserError
 from test_encoder import pipeline
@@ -204,6 +204,8 @@ def test_an_installed_package_is_known_by_its_name(project, tmp_path):
     code = "from scripts.annotate.worker import identify; print(identify('it_panx_xlmr', 'int8'))"
     run = ["env", f"PYTHONPATH={tmp_path}", sys.executable, "-c", code]
     assert subprocess.check_output(run, cwd=ROOT, text=True).startswith("it_panx_xlmr 2.0.0 ")
+    with pytest.raises(UserError, match="neither an installed pipeline"):
+        identify("spacy-transformers")  # the name of an installed project, which cannot be imported
 
 
 def test_a_run_goes_on_only_with_what_it_was_begun_with(model, refused, tmp_path, monkeypatch):
@@ -239,6 +241,7 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(model, refused, tmp_path
         ("a.parquet", b"PAR1 no", (), "a.parquet: not a whole Parquet file"),
         ("a.csv", b"id,testo\n1,Bari\n", (), "a.csv: no column 'text'; its columns are 'id', 'testo'"),
         ("a.csv", b"", (), "a.csv: no column 'text'; its columns are none"),
+        ("a.csv", b"text,text\n1,Bari\n", (), "a.csv: 2 columns are called 'text'"),
         ("a.csv", b'text\n"Bari\nGela\n', (), "a.csv, line 3: not CSV (unexpected end of data); check its quotes"),
         ("a.csv", b'text\n"' + b"x" * 200_000, (), "a.csv, line 3: not CSV (field larger"),
         ("a.jsonl", b'{"testo": "Bari"}\n', (), "a.jsonl: no column 'text'; its columns are 'testo'"),
@@ -260,6 +263,18 @@ def test_bad_input_is_refused_and_nothing_written(refused, tmp_path, monkeypatch
     model = tmp_path / ("blank" if "." in name else name)
     assert expected in refused(script, model, tmp_path / "in", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_output_and_a_link_to_a_folder_are_not_read(tmp_path, capsys):
+    (tmp_path / "in" / "earlier").mkdir(parents=True)
+    for name in ("a.csv", "earlier/_manifest.json", "earlier/part.csv"):
+        (tmp_path / "in" / name).touch()
+    (tmp_path / "in" / "link").symlink_to(tmp_path)
+    assert list(input_files(tmp_path / "in", tmp_path / "in" / "out")) == ["a.csv"]
+    assert "Skipped 1 file(s)" in capsys.readouterr().out
+    (odd := tmp_path / os.fsdecode(b"citt\xe0.csv")).touch()
+    with pytest.raises(UserError, match="not UTF-8"):
+        input_files(odd, tmp_path / "out")
 
 
 def test_workers_fit_where_one_machine_has_the_cpus_and_gpus_of_each():

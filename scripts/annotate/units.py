@@ -33,20 +33,27 @@ class Unit(NamedTuple):
 
 
 def input_files(source: Path, output: Path) -> dict[str, Path]:
-    """Return the files to annotate by name: `source`, or those below it that are not hidden. Raises UserError."""
-    if source.is_file() and source.suffix in READERS:
-        return {source.name: source}
-    inside = source in output.parents
-    names = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
-    names = [name for name in names if not any(part[0] in "._" for part in name.parts)]
-    names = [name for name in names if not (inside and output in (source / name).parents)]
-    files = {name.as_posix(): source / name for name in names if name.suffix in READERS}
+    """Return the files to annotate by name: `source`, or those below it that are not hidden. Raises UserError.
+
+    Folders below `source` that this command wrote are left out. Links to folders are not followed.
+    """
+    if source.is_file():
+        found = {source.name: source}
+    else:
+        below = sorted(source.rglob("*"))
+        outputs = {output, *(path.parent for path in below if path.name == "_manifest.json")}
+        outputs = {folder for folder in outputs if source in folder.parents}
+        paths = [path for path in below if path.is_file() or path.is_symlink()]
+        paths = [path for path in paths if outputs.isdisjoint(path.parents)]
+        found = {path.relative_to(source).as_posix(): path for path in paths}
+        found = {name: path for name, path in found.items() if not re.search("(^|/)[._]", name)}
+    files = {name: path for name, path in found.items() if path.suffix in READERS and path.is_file()}
     if not files:
         raise UserError(f"{source}: no {', '.join(READERS)} file; name a folder that has some, or a file.")
     if wrong := [name for name in files if SURROGATE.search(name)]:  # no output could hold the name
         raise UserError(f"{ascii(wrong[0])}: the file's name is not UTF-8; rename it.")
-    if len(files) < len(names):
-        msg.warn(f"Skipped {len(names) - len(files)} file(s) that are not {', '.join(READERS)}.")
+    if skipped := len(found) - len(files):
+        msg.warn(f"Skipped {skipped} file(s) that are not {', '.join(READERS)}, or links to folders.")
     return files
 
 
@@ -90,6 +97,8 @@ def _reason_against(value: Any, max_chars: int) -> str:
 
 
 def _check_column(path: Path, column: str, names: Sequence[str]) -> None:
+    if names.count(column) > 1:
+        raise UserError(f"{path}: {names.count(column)} columns are called {column!r}; rename all but one.")
     if column not in names:
         columns = ", ".join(map(repr, names[:20])) or "none"
         raise UserError(f"{path}: no column {column!r}; its columns are {columns}; name one with --column.")

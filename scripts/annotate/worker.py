@@ -24,7 +24,10 @@ SCHEMA = pyarrow.schema(COLUMNS | {"entities": pyarrow.list_(pyarrow.struct(ENTI
 
 def identify(model: str, precision: str | None = None) -> str:
     """Return a pipeline's name, version and the SHA-256 of its files. Raises UserError if it cannot be loaded."""
-    folder = get_package_path(model) if is_package(model) else Path(model)
+    try:
+        folder = get_package_path(model) if is_package(model) else Path(model)
+    except ImportError:  # spaCy takes the name of any installed project, such as it-panx-xlmr, for a package
+        folder = Path(model)
     # an installed package has its config in a subfolder
     path = min(folder.rglob("config.cfg"), key=lambda path: len(path.parts), default=None)
     if not path or not (folder / "meta.json").is_file():
