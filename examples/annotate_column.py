@@ -30,6 +30,8 @@ def read_rows(path: Path, column: str, separator: str) -> Iterator[dict]:
     csv.field_size_limit(2**31 - 1)
     table = csv.DictReader(lines(), delimiter=separator, strict=True)
     try:
+        if is_csv and column not in (table.fieldnames or []):
+            raise ValueError(f"there is no column {column!r} (see --column)")
         for row in table if is_csv else map(json.loads, filter(str.strip, lines())):
             if is_csv and (None in row or None in row.values() or len(row) < len(table.fieldnames)):
                 raise ValueError("a field is missing or left over, or two columns have the same name")
@@ -57,11 +59,13 @@ def annotate(source: Path, target: Path, column: str = "text", model: str = "it_
     if not {source.suffix, target.suffix} <= FORMATS.keys():
         sys.exit(f"{source}, {target}: both names must end in .csv or .jsonl; rename the other file.")
     with source.open("rb") as file:
-        header = file.readline().decode("utf8", "replace") if source.suffix == ".csv" else ""
+        header = file.readline().decode("utf-8-sig", "replace") if source.suffix == ".csv" else ""
     separator = max(",;\t", key=header.count)
     count, columns = 0, {}
     for row in read_rows(source, column, separator):  # check all rows before the slow part
         count, columns = count + 1, columns | dict.fromkeys(row)
+    if not count:  # a CSV may have a header alone
+        columns = dict.fromkeys(next(csv.reader([header], delimiter=separator), []))
     nlp, partial = spacy.load(model), target.with_name(f".{target.name}.partial")
     try:
         with partial.open("w", encoding="utf8", newline="") as file, tqdm(total=count, disable=None) as progress:

@@ -53,11 +53,15 @@ def test_csv_rows_keep_their_separator_and_their_line_breaks(model, tmp_path, se
         rows = list(csv.DictReader(file, delimiter=separator))
     assert [row["testo"] for row in rows] == texts
     assert [json.loads(row["entities"]) for row in rows] == [*EXPECTED, [], []]
+    (tmp_path / "in.csv").write_text(f"n{separator}testo\n")
+    annotate_column.annotate(tmp_path / "in.csv", tmp_path / "out.csv", "testo", model)
+    assert (tmp_path / "out.csv").read_text() == f"n{separator}testo{separator}entities\n"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "line", "said"),
     [
+        ("a.csv", b"id,testo\n", 1, "no column 'text'"),
         ("a.csv", b"id,text\n1,Bari\n2\n", 3, "missing"),
         ("a.csv", b"id,text\n1,Bari,3\n", 2, "left over"),
         ("a.csv", b"text,text\n1,Bari\n", 2, "same name"),
