@@ -22,7 +22,7 @@ LABELS = {"PER": "people", "ORG": "organisations", "LOC": "places"}
 NAMES = {
     "lang": (r"[a-z]{2,3}", "a code of two or three letters"),
     "name": (r"[a-z][a-z0-9_]*", "lower-case letters, digits and _, a letter first"),
-    "version": (r"[0-9]+(\.[0-9]+)*((a|b|rc|\.post|\.dev)[0-9]+)*", "a version such as 1.0.0"),
+    "version": (r"[0-9]+(\.[0-9]+){2,}((a|b|rc|\.post|\.dev)[0-9]+)*", "a version of three numbers such as 1.0.0"),
 }
 TRAINING_SECTIONS = ("paths", "system", "corpora", "training", "initialize")
 

@@ -41,7 +41,7 @@ def read_documents(path: Path) -> list[list[Line]]:
     Raises UserError, with file and line, for bytes that are not UTF-8 and for a bracket that is no entity.
     """
     try:
-        text = path.read_text(encoding="utf8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8.") from None
     documents: list[list[Line]] = [[]]

@@ -99,7 +99,8 @@ TRICKS = ["x; touch pwned", "$(touch pwned)", "`touch pwned`", "../../precious",
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [*(("name", trick) for trick in TRICKS), ("lang", "../it"), ("lang", ""), ("version", "1/../..")]
+    ("key", "value"),
+    [("lang", "../it"), ("lang", ""), ("version", "2.1"), ("version", "1/../.."), *(("name", t) for t in TRICKS)],
 )
 def test_a_name_that_could_mean_another_folder_is_refused_in_a_sentence(refused, tmp_path, key, value):
     values = {"lang": "it", "name": "panx_xlmr", "version": "1.0.0"} | {key: value}
