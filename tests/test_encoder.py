@@ -7,8 +7,10 @@ import pytest
 import spacy
 import torch
 from spacy.tokens import Doc
+from spacy.tokens.underscore import Underscore
 from spacy.training import Example
 from spacy_transformers.layers import trfs2arrays
+from spacy_transformers.layers.hf_shim import HFShim
 from thinc.api import Adam, ConfigValidationError, Optimizer, reduce_first
 from transformers import AutoModel, AutoTokenizer
 
@@ -66,7 +68,7 @@ def test_vectors_are_the_transformers_own_whatever_else_is_in_the_batch(nlp, sam
         ("İZMIR È IN TURCHIA\n\n", "İzmir è in turchia\n\n"),
         *((same, same) for same in ("CGIL, CISL", "G. B. ROSSI", "La CORTE DI GIUSTIZIA EUROPEA decide", "\n", "È")),
         ("L’arrivo dell'Italia", "L’ arrivo dell' Italia"),
-        ("**Anna** («Eni»)", "** Anna** (« Eni»)"),
+        ("**Anna** («Eni»)\x0bBari", "** Anna** (« Eni»)\x0b Bari"),
         *((same, same) for same in ("Emilia-Romagna", "10km", "Cefalu\u0300 e", "nulla")),
     ],
 )
@@ -210,6 +212,35 @@ def test_from_disk_and_from_pickle_it_has_the_same_vectors_and_bytes(nlp, tmp_pa
     for other in (spacy.load(tmp_path), pickle.loads(pickle.dumps(nlp))):
         assert numpy.array_equal(vectors(other, ["Anna vive a Bari."])[0], before)
         assert shim(other).to_bytes() == shim(nlp).to_bytes()
+
+
+def test_threads_predict_while_another_saves(nlp, tmp_path, monkeypatch):
+    expected, to_bytes = vectors(nlp, ["Bari"]), HFShim.to_bytes
+    found = []
+    monkeypatch.setattr(HFShim, "to_bytes", lambda self: (found.extend(vectors(nlp, ["Bari"])), to_bytes(self))[1])
+    nlp.to_disk(tmp_path)
+    assert (found[0] == expected[0]).all()
+
+
+def test_a_call_of_the_tokenizer_leaves_no_settings(nlp):
+    text = "Anna Neri vive a Bari"
+    expected = vectors(nlp, [text])
+    nlp.get_pipe("transformer").model.tokenizer(text, truncation=True, max_length=3)
+    assert (vectors(nlp, [text])[0] == expected[0]).all()
+
+
+def test_entities_without_the_transformer_or_with_other_tokens_are_an_error(tiny_encoder):
+    nlp = pipeline(tiny_encoder)
+    with nlp.select_pipes(disable="transformer"), pytest.raises(ValueError, match="needs the transformer"):
+        nlp("Anna vive a Bari")
+    nlp.add_pipe("merge_entities", before="ner")
+    nlp.add_pipe("entity_ruler", first=True).add_patterns([{"label": "PER", "pattern": "Anna Neri"}])
+    with pytest.raises(ValueError, match="merges or splits tokens"):
+        nlp("Anna Neri vive a Bari")
+
+
+def test_the_score_is_there_in_processes_that_are_not_forks(nlp):
+    pickle.dumps(Underscore.get_state())  # spaCy sends it to them
 
 
 def test_a_pipe_can_have_a_transformer_of_its_own(tiny_encoder, tmp_path):

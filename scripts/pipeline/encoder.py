@@ -101,16 +101,14 @@ class TransformerShim(HFShim):
 
     def to_bytes(self) -> bytes:
         """Serialize the tokenizer's files, the config and the weights (safetensors, losslessly in 8, 16 or 32 bits)."""
-        module, self._model = self._model, torch.nn.Module()
-        try:
-            # without the weights, which HFShim would pickle
-            message = srsly.msgpack_loads(super().to_bytes())
-        finally:
-            self._model = module
+        # a copy without the weights, which HFShim would pickle; other threads may predict meanwhile
+        light = copy.copy(self)
+        light._model = torch.nn.Module()
+        message = srsly.msgpack_loads(super(TransformerShim, light).to_bytes())
         if message["config"]:
             # the folder it was loaded from: the same pipeline must be the same bytes
             message["config"].pop("_name_or_path", None)
-            message["state"] = save(registry.misc.get("panx_xlmr.ShortestWeights.v1")(module.state_dict()))
+            message["state"] = save(registry.misc.get("panx_xlmr.ShortestWeights.v1")(self._model.state_dict()))
         return srsly.msgpack_dumps(message)
 
     def from_bytes(self, bytes_data: bytes) -> "TransformerShim":
@@ -379,6 +377,8 @@ def wordpiece_windows(
     A Doc's wordpieces are one sequence that begins with a special token; a Doc without tokens has none. A token aligns
     with every wordpiece that holds one of its characters, or else with the special token.
     """
+    if tokenizer.backend_tokenizer.truncation or tokenizer.backend_tokenizer.padding:
+        prepare_tokenizer(tokenizer)  # again, since somebody called the tokenizer with other settings
     before, after = special_ids(tokenizer)
     encoder_text = registry.misc.get("panx_xlmr.EncoderText.v1")  # scripts/pipeline/tokenizer.py
     texts = [encoder_text(doc) for doc in docs]

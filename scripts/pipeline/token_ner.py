@@ -34,18 +34,19 @@ HYPHENS = frozenset("-\u2010\u2011")
 JOINERS = frozenset("\u00ad\u200c\u200d")  # invisible characters inside words
 IMPOSSIBLE = -1e4  # the score of a forbidden transition: finite, so that gradients are never nan
 
+
+def _score(span: Span) -> float | None:
+    label, probability = span._.get(SCORED) or (None, None)
+    return probability if label == span.label_ else None
+
+
 # spaCy keeps a span's extensions by character offsets only, so that the label is stored with the score
 SCORED = "_panx_scored"
 if not Span.has_extension(SCORED):  # another package may have set both
     if Span.has_extension("panx_score"):
         raise ValueError("The extension Span._.panx_score is the package's own; give yours another name.")
     Span.set_extension(SCORED, default=None)
-    Span.set_extension("panx_score", getter=lambda span: _score(span))
-
-
-def _score(span: Span) -> float | None:
-    label, probability = span._.get(SCORED) or (None, None)
-    return probability if label == span.label_ else None
+    Span.set_extension("panx_score", getter=_score)
 
 
 @dataclass
@@ -190,7 +191,7 @@ class TokenNer(TrainablePipe):
         self.model.initialize(X=[next(iter(get_examples())).reference])
 
     def predict(self, docs: Iterable[Doc]) -> TagScores:
-        """Return the scores of each Doc's tags."""
+        """Return the scores of each Doc's tags. Raises ValueError if the transformer has not read the Docs."""
         docs = list(docs)
         tok2vec, classify, transitions = self.model.layers
         if not any(len(doc) for doc in docs):
@@ -198,14 +199,25 @@ class TokenNer(TrainablePipe):
         if not (tok2vec.layers and tok2vec.layers[-1].name == "first-wordpieces"):
             return self.model.predict(docs)
         listener, first_wordpieces = tok2vec.layers
+        if listener.name == "transformer-listener" and any(
+            len(doc) and getattr(doc._, "trf_data", None) is None for doc in docs
+        ):
+            raise ValueError(
+                f"The pipe '{self.name}' needs the transformer, which is disabled or has not run; run both."
+            )
         emissions = first_wordpieces.predict(_scored(listener.predict(docs), classify))
         return transitions.predict([some.reshape(len(some), len(self.tags)) for some in emissions])
 
     def set_annotations(self, docs: Iterable[Doc], scores: TagScores) -> None:
-        """Decode each Doc's scores and set its entities."""
+        """Decode each Doc's scores and set its entities. Raises ValueError if a Doc's tokens have changed since."""
         docs = list(docs)
         if not docs:
             return
+        if any(len(doc) != len(of_tokens) for doc, of_tokens in zip(docs, scores.emissions, strict=True)):
+            raise ValueError(
+                f"A pipe between the transformer and '{self.name}' merges or splits tokens; put it before the "
+                f"transformer or after '{self.name}'."
+            )
         sequences = [list(tag_sequences(doc)) for doc in docs]
         # one array for all Docs: each copy from a GPU is a synchronisation
         arrays = self.model.ops.xp.concatenate(scores.emissions), scores.transitions, scores.start

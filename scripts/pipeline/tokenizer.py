@@ -11,6 +11,7 @@ after it (`via Roma,12`).
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
+from html.entities import name2codepoint
 
 from spacy import registry
 from spacy.lang.char_classes import ALPHA_UPPER
@@ -32,15 +33,15 @@ INSIDE_WORDS = frozenset("-\u2010\u2011'’.,:&@#_%°+·/")
 # Invisible characters inside words: the soft hyphen and the joiners.
 JOINERS = frozenset("\u00ad\u200c\u200d")
 # Parts of the encoder's text: sentences, words, and signs that can stand before a word. Hyphens, accents and joiners
-# cannot.
+# cannot. White space that the encoder's tokenizer would delete is a sign, too.
 SENTENCE = re.compile(r".+?(?:[.!?…]\s+|$)", re.DOTALL)
 WORD = re.compile(r"[^\W\d_]{2,}")
-SIGN = re.compile(r"[^\w\s\u0300-\u036f\u00ad\u200c\u200d\u2010\u2011-]")
+SIGN = re.compile(r"[^\w\s\u0300-\u036f\u00ad\u200c\u200d\u2010\u2011-]|[\x0b\x1c-\x1f\x85]")
 
 
 def _separators() -> str:
     """Return a regular expression for one punctuation mark, symbol or invisible character that separates words."""
-    # no other plane has any, and lone surrogates are replaced
+    # the planes between have none, the last two are for private use; lone surrogates are replaced
     planes = [*range(0xD800), *range(0xE000, 0x20000), *range(0xE0000, 0xE0080)]
     inside = INSIDE_WORDS | JOINERS
     points = [i for i in planes if unicodedata.category(chr(i))[0] in "PSC" and chr(i) not in inside]
@@ -48,7 +49,7 @@ def _separators() -> str:
     starts = [i for i, before in zip(points, [-2, *points], strict=False) if i != before + 1]
     ends = [i for i, after in zip(points, [*points[1:], -2], strict=True) if i != after - 1]
     ranges = (f"{re.escape(chr(first))}-{re.escape(chr(last))}" for first, last in zip(starts, ends, strict=True))
-    return f"[{''.join(ranges)}]"
+    return f"[{''.join(ranges)}\U000f0000-\U0010ffff]"
 
 
 class LinearTokenizer(Tokenizer):
@@ -107,8 +108,8 @@ def linear_tokenizer() -> Callable[[Language], Tokenizer]:
             list(rules or ()) for rules in (nlp.Defaults.prefixes, nlp.Defaults.suffixes, nlp.Defaults.infixes)
         )
         sign = _separators()
-        # an emoji with the selector of its variant, `&nbsp;`
-        wholes = ["[^\\w\\s][\ufe00-\ufe0f]+", "&#?\\w+;"]
+        # an emoji with the selector of its variant, `&nbsp;` (not `H&M;`)
+        wholes = ["[^\\w\\s][\ufe00-\ufe0f]+", f"&(?:#\\w+|apos|{'|'.join(name2codepoint)});"]
         # not inside a word at its beginning or end
         joint = "[-\u2010\u2011/]+"
         # a period after a missing space (`casa .Bari`) goes, but not that of `.it`
