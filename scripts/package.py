@@ -97,20 +97,6 @@ def sources_licences(sources: Sequence[dict[str, str]]) -> str:
     return "\n\n".join(entries) + "\n"
 
 
-def prepare_package(model: Path, output: Path, meta: dict[str, Any], encoder: str, documents: dict[str, str]) -> None:
-    """Write the pipeline `model` to the folder `output`, with meta.json, an inference config and documents.
-
-    documents: text by file name.
-    """
-    with replacing(output) as folder:
-        shutil.copytree(model, folder)
-        config = inference_config(load_config(model / "config.cfg"), encoder)
-        config.to_disk(folder / "config.cfg")
-        srsly.write_json(folder / "meta.json", meta)
-        for name, text in documents.items():
-            (folder / name).write_text(text, encoding="utf8")
-
-
 def main(
     model: Annotated[Path, typer.Argument(help="Trained pipeline", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Folder for `spacy package`", show_default=False)],
@@ -160,7 +146,13 @@ def main(
             "LICENSE": Path("LICENSE").read_text(encoding="utf8"),
             "LICENSES_SOURCES": sources_licences(meta["sources"]),
         }
-        prepare_package(model, output, meta, origin["encoder"]["source"], documents)
+        with replacing(output) as folder:
+            shutil.copytree(model, folder)
+            config = inference_config(load_config(model / "config.cfg"), origin["encoder"]["source"])
+            config.to_disk(folder / "config.cfg")
+            srsly.write_json(folder / "meta.json", meta)
+            for file, text in documents.items():
+                (folder / file).write_text(text, encoding="utf8")
         msg.good(
             f"{output}: {lang}_{name} {version}, F1 {meta['performance']['ents_f'] * 100:.2f} on the test sentences"
         )

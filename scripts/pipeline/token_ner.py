@@ -373,39 +373,39 @@ def negative_log_likelihood(
     return (every - agreeing).sum()
 
 
+def _behind(
+    scores: numpy.ndarray, lengths: numpy.ndarray, transitions: numpy.ndarray, add: numpy.ufunc
+) -> numpy.ndarray:
+    """Return what `add` makes of the scores of all that may follow each word with each tag, shape (words, tags).
+
+    scores: those of sequences of `lengths`, one after the other. add: numpy.maximum (Viterbi decoding, Forney 1973) or
+    numpy.logaddexp (the backward algorithm, Rabiner 1989). All sequences are run together, one word at a time.
+    """
+    firsts, behind = numpy.cumsum(lengths) - lengths, numpy.zeros_like(scores)
+    for i in range(lengths.max() - 2, -1, -1):
+        rows = firsts[lengths > i + 1] + i
+        behind[rows] = add.reduce(transitions + (scores[rows + 1] + behind[rows + 1])[:, None, :], axis=2)
+    return behind
+
+
 def decode_iob2(
     emissions: Sequence[numpy.ndarray], transitions: numpy.ndarray, start: numpy.ndarray
 ) -> list[numpy.ndarray]:
-    """Return the best valid IOB2 tag ids for each array of scores, shape (words, tags): Viterbi decoding (Forney 1973).
-
-    All sequences are decoded together, one word at a time.
-    """
+    """Return the best valid IOB2 tag ids for each array of scores, shape (words, tags)."""
+    lengths = numpy.array([len(scores) for scores in emissions], dtype="int64")
+    if not lengths.any():
+        return [numpy.zeros(0, dtype="int64") for _ in emissions]
     follows, begins = allowed_transitions(len(start))
     transitions = numpy.where(follows, transitions, -numpy.inf)
-    # longest first, so that the sequences that have an i-th word come first
-    order = sorted(range(len(emissions)), key=lambda i: -len(emissions[i]))
-    lengths = numpy.array([len(emissions[i]) for i in order], dtype="int64")
-    tags = [numpy.zeros(len(scores), dtype="int64") for scores in emissions]
-    if not lengths.any():
-        return tags
-    flat = numpy.concatenate([emissions[i] for i in order])
-    first = numpy.cumsum(lengths) - lengths
-    running = int((lengths > 0).sum())
-    best = numpy.where(begins, start, -numpy.inf) + flat[first[:running]]
-    pointers = []
-    for i in range(1, lengths[0]):
-        running = int((lengths > i).sum())
-        candidates = best[:running, :, None] + transitions
-        pointers.append(candidates.argmax(axis=1))
-        best[:running] = candidates.max(axis=1) + flat[first[:running] + i]
-    last = best.argmax(axis=1)
-    for i in range(lengths[0] - 1, -1, -1):
-        running = int((lengths > i).sum())
-        for sequence, tag in zip(order[:running], last[:running], strict=True):
-            tags[sequence][i] = tag
-        if i:
-            last[:running] = pointers[i - 1][numpy.arange(running), last[:running]]
-    return tags
+    # as float64: the sum over a long text would lose small differences
+    scores, firsts = numpy.concatenate(emissions).astype("float64"), numpy.cumsum(lengths) - lengths
+    scores[firsts[lengths > 0]] += numpy.where(begins, start, -numpy.inf)
+    best = scores + _behind(scores, lengths, transitions, numpy.maximum)
+    tags = best.argmax(axis=1)  # right for first words; each other tag depends on the one before
+    for i in range(1, lengths.max()):
+        rows = firsts[lengths > i] + i
+        tags[rows] = (transitions[tags[rows - 1]] + best[rows]).argmax(axis=1)
+    return numpy.split(tags, firsts[1:])
 
 
 def segment_probabilities(
@@ -418,41 +418,32 @@ def segment_probabilities(
     """Return, for each sequence's segments, the probability that exactly this segment is an entity.
 
     A segment is (first word, word after the last, index of the label). Its probability is the share of the weight of
-    all valid IOB2 sequences that have it, computed by the forward-backward algorithm (Rabiner 1989). emissions: an
-    array of shape (words, tags) per sequence. All scores are divided by `temperature` (Guo et al. 2017).
+    all valid IOB2 sequences that have it, computed by the forward-backward algorithm. emissions: an array of shape
+    (words, tags) per sequence. All scores are divided by `temperature` (Guo et al. 2017).
     """
-    probabilities: list[list[float]] = [[0.0] * len(some) for some in segments]
-    order = sorted((i for i, some in enumerate(segments) if some), key=lambda i: -len(emissions[i]))
-    if not order:
+    probabilities: list[list[float]] = [[] for _ in segments]
+    having = [i for i, some in enumerate(segments) if some]
+    if not having:
         return probabilities
     follows, begins = allowed_transitions(len(start))
     transitions = numpy.where(follows, transitions / temperature, IMPOSSIBLE)
-    start = numpy.where(begins, start / temperature, IMPOSSIBLE)
-    scores = numpy.concatenate([emissions[i] for i in order]).astype("float64") / temperature
-    lengths = numpy.array([len(emissions[i]) for i in order])
+    scores = numpy.concatenate([emissions[i] for i in having]).astype("float64") / temperature
+    lengths = numpy.array([len(emissions[i]) for i in having])
     firsts = numpy.cumsum(lengths) - lengths
-    forward, backward = scores.copy(), numpy.zeros_like(scores)
-    forward[firsts] += start
-    for i in range(1, lengths[0]):
-        rows = firsts[lengths > i] + i
-        forward[rows] += numpy.logaddexp.reduce(forward[rows - 1][:, :, None] + transitions, axis=1)
-    for i in range(lengths[0] - 2, -1, -1):
-        rows = firsts[lengths > i + 1] + i
-        onward = scores[rows + 1] + backward[rows + 1]
-        backward[rows] = numpy.logaddexp.reduce(transitions + onward[:, None, :], axis=2)
+    scores[firsts] += numpy.where(begins, start / temperature, IMPOSSIBLE)
+    backward = _behind(scores, lengths, transitions, numpy.logaddexp)
+    forward = scores + _behind(scores[::-1], lengths[::-1], transitions.T, numpy.logaddexp)[::-1]
     every = numpy.logaddexp.reduce(forward[firsts + lengths - 1], axis=1)
-    for place, sequence in enumerate(order):
-        for number, (first, last, label) in enumerate(segments[sequence]):
+    for sequence, begin, length, total in zip(having, firsts, lengths, every, strict=True):
+        for first, last, label in segments[sequence]:
             tag, inside = 1 + 2 * label, 2 + 2 * label
-            score = forward[firsts[place] + first, tag]
-            for row in range(firsts[place] + first + 1, firsts[place] + last):
+            score = forward[begin + first, tag]
+            for row in range(begin + first + 1, begin + last):
                 score, tag = score + transitions[tag, inside] + scores[row, inside], inside
-            if last < lengths[place]:
-                row = firsts[place] + last
-                score += numpy.logaddexp.reduce(
-                    numpy.delete(transitions[tag] + scores[row] + backward[row], inside), axis=0
-                )
-            probabilities[sequence][number] = float(numpy.exp(min(score - every[place], 0.0)))
+            if last < length:
+                onward = transitions[tag] + scores[begin + last] + backward[begin + last]
+                score += numpy.logaddexp.reduce(numpy.delete(onward, inside))
+            probabilities[sequence].append(float(numpy.exp(min(score - total, 0.0))))
     return probabilities
 
 
