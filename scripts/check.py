@@ -19,8 +19,7 @@ GB = 10**9
 # xlm-roberta-base: 1.1 GB each in the Hub's cache, the assets, two checkpoints, package, wheel, and temporary copies
 NEED_ON_HUB = 9 * GB
 NEED_PER_WEIGHTS = 7  # without the Hub's cache
-PRODUCED = ("assets", "corpus", "training", "metrics", "packages")
-KEPT = Path("assets/encoder-small")
+PRODUCED = ("assets/data", "assets/extra_train", "assets/encoder", "corpus", "training", "metrics", "packages")
 
 
 def driver_cuda() -> tuple[int, int] | None:
@@ -124,8 +123,7 @@ def check_disk(encoder: str) -> None:
     need = NEED_ON_HUB
     if (folder := Path(encoder).expanduser()).is_dir():
         need = NEED_PER_WEIGHTS * sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
-    files = (file for name in PRODUCED for file in Path(name).rglob("*") if file.is_file())
-    produced = (file for file in files if KEPT not in file.parents)
+    produced = (file for name in PRODUCED for file in Path(name).rglob("*") if file.is_file())
     free = shutil.disk_usage(".").free
     if free + sum(file.stat().st_size for file in produced) < need:
         raise UserError(
