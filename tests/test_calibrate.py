@@ -52,15 +52,11 @@ def test_a_part_with_more_texts_does_not_count_more(nlp, gold):
     assert few < alone - 0.1
 
 
-def test_a_part_without_entities_does_not_count(nlp, gold):
+def test_a_part_without_entities_does_not_count_and_alone_it_is_refused(nlp, gold):
     nothing = [example(nlp, ["vive", "a"], ["O", "O"])]
     assert find_temperature(nlp, [gold, nothing]) == pytest.approx(find_temperature(nlp, [gold]))
-
-
-def test_a_pipeline_that_finds_nothing_is_refused(nlp):
-    trained(nlp)
     with pytest.raises(UserError, match="finds no entity"):
-        find_temperature(nlp, [[example(nlp, ["vive", "a"], ["O", "O"])]])
+        find_temperature(nlp, [nothing])
 
 
 def scored(nlp, probability, count, right):

@@ -26,7 +26,7 @@ from scripts.annotate.units import READERS
 from scripts.common import UserError
 from scripts.convert import convert_split, make_doc, repair
 from scripts.evaluate import entities_of, iob2
-from scripts.panx import TAGS, Sentence, digest, read_tsv, to_tsv
+from scripts.panx import TAGS, Sentence, read_tsv, to_tsv
 from scripts.pipeline.tokenizer import SURROGATE
 from test_annotate import annotate_file
 from test_encoder import pipeline
@@ -152,16 +152,11 @@ def test_the_annotator_writes_each_row_once_or_says_what_is_wrong_with_it(nlp, r
 # ---- The converter
 
 VOCAB = spacy.blank("it").vocab
-
-
-def tagged(words):
-    """Sentences of these words with tags that need not be IOB2."""
-    rows = st.lists(st.tuples(words, st.sampled_from(TAGS)), min_size=1, max_size=8)
-    return rows.map(lambda rows: Sentence(*map(tuple, zip(*rows, strict=True))))
-
-
 words = st.one_of(st.text(characters, max_size=6), st.sampled_from(PARTS))
-lines = tagged(words.filter(lambda word: not any(c in word for c in "\t\n\r") and not SURROGATE.search(word)))
+words = words.filter(lambda word: not any(c in word for c in "\t\n\r") and not SURROGATE.search(word))
+# sentences with tags that need not be IOB2
+tagged = st.lists(st.tuples(words, st.sampled_from(TAGS)), min_size=1, max_size=8)
+lines = tagged.map(lambda pairs: Sentence(*map(tuple, zip(*pairs, strict=True))))
 
 
 @given(st.lists(lines, min_size=1, max_size=4))
@@ -172,7 +167,6 @@ def test_sentences_survive_the_way_to_a_file_and_back(tmp_path_factory, some):
     if data.startswith(b"\xef\xbb\xbf"):  # a reader takes it for the file's byte order mark
         return
     assert read_tsv(path) == some
-    assert digest(read_tsv(path)) == digest(some)
 
 
 @given(st.lists(lines, min_size=1, max_size=4))

@@ -41,14 +41,6 @@ def test_each_error_is_told_once_with_what_stands_there_instead():
     assert errors_of(GOLD, GOLD) == []
 
 
-def test_types_are_scored_strictly():
-    html = report.make_report([GOLD], [PREDICTED], TRAINING, "it_test")
-    rows = [re.findall("<td>(.*?)</td>", row) for row in html.split("<tr>")]
-    assert ["LOC", "1", "2", "0", "0.00", "0.00", "0.00"] in rows
-    assert ["PER", "1", "1", "1", "100.00", "100.00", "100.00"] in rows
-    assert ["all", "3", "3", "1", "33.33", "33.33", "33.33"] in rows
-
-
 def test_confusion_counts_what_was_taken_for_what():
     spurious = sentence((2, 3, "ORG"))
     pairs = report.pair_entities([GOLD, sentence()], [PREDICTED, spurious])
@@ -97,9 +89,13 @@ def test_the_most_confident_error_comes_first_and_both_sides_are_shown(html):
     assert "<mark" in confident
 
 
-def test_the_report_has_the_curve_and_the_figures(html):
+def test_the_report_has_the_curves_and_figures_and_scores_types_strictly(html):
     assert html.count("<svg") == 3
     assert "2 test sentences with 4 entities" in html
+    rows = [re.findall("<td>(.*?)</td>", row) for row in html.split("<tr>")]
+    assert ["LOC", "1", "3", "0", "0.00", "0.00", "0.00"] in rows
+    assert ["PER", "1", "1", "1", "100.00", "100.00", "100.00"] in rows
+    assert ["all", "4", "4", "1", "25.00", "25.00", "25.00"] in rows
 
 
 def test_a_missing_table_is_one_sentence(refused, tmp_path):

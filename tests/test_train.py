@@ -81,11 +81,10 @@ def test_rows_of_a_table_that_were_read_move_as_all_rows_would_and_the_others_st
 
 
 def test_several_updates_are_those_of_adam_on_the_clipped_gradient():
-    adam = optimizer(learn_rate=warmup_linear(0.1, 0, 1000), grad_clip=1.0, eps=1e-3)
+    adam = optimizer(learn_rate=warmup_linear(0.1, 0, 1000), eps=1e-3, head_learning_rate_scale=1.0)
     gradients = numpy.random.default_rng(0).normal(size=(5, 4)) * [[0.1], [3], [0.2], [9], [0.3]]
     weights, expected = numpy.ones(4, dtype="float32"), numpy.ones(4)
     first = second = numpy.zeros(4)
-    adam.head_learning_rate_scale = 1.0
     for step, gradient in enumerate(gradients, start=1):
         adam((0, "W"), weights, gradient.astype("float32"))
         clipped = gradient / max(1, numpy.linalg.norm(gradient))
