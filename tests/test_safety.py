@@ -16,7 +16,7 @@ from test_encoder import pipeline, shim
 
 WATCHED = {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"}
 WATCHED |= {"socket.connect", "socket.getaddrinfo"}
-seen: list[str] | None = None
+seen: list[str] | None = None  # what of WATCHED happens while a test sets it to a list
 
 
 def _watch(event, arguments):
@@ -24,26 +24,18 @@ def _watch(event, arguments):
         seen.append(f"{event} {arguments}")
 
 
-sys.addaudithook(_watch)  # stays for good, and is idle while `seen` is None
+sys.addaudithook(_watch)  # stays for good
 
 
-@pytest.fixture
-def watched():
-    """What of WATCHED happens while the test runs."""
-    global seen
-    seen = []
-    yield seen
-    seen = None
-
-
-def test_loading_and_running_a_pipeline_unpickles_starts_and_connects_to_nothing(project, watched, monkeypatch):
+def test_loading_and_running_a_pipeline_unpickles_starts_and_connects_to_nothing(project, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("transformers.utils.hub._is_offline_mode", False)
+    monkeypatch.setattr(sys.modules[__name__], "seen", [])
     nlp = spacy.load(project / "training" / "model-package")
     assert [ent.text for ent in nlp("Bari").ents] == ["Bari"]
-    assert watched == []
+    assert seen == []
     pickle.loads(pickle.dumps(Path("a")))  # the test would see it
-    assert watched
+    assert seen
 
 
 def read(stored):

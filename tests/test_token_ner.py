@@ -250,12 +250,9 @@ def test_a_label_is_a_non_empty_string(nlp, label):
         nlp.get_pipe("ner").add_label(label)
 
 
-def test_initialize_needs_a_label(nlp):
+def test_initialize_needs_a_label_and_takes_some_that_the_examples_lack(nlp):
     with pytest.raises(ValueError, match="ner"):
         nlp.initialize(lambda: [example(nlp, ["oggi"], ["O"])])
-
-
-def test_initialize_takes_labels_that_the_examples_lack(nlp):
     ner = nlp.get_pipe("ner")
     ner.initialize(lambda: [example(nlp, ["Bari"], ["B-LOC"])], nlp=nlp, labels=["LOC", "ORG"])
     assert ner.labels == ner.label_data == ("LOC", "ORG")

@@ -54,13 +54,6 @@ def test_metrics_of_spacy_and_seqeval_are_the_same(project):
         assert seqevals[key] == pytest.approx(spacys[key], abs=1e-9)
 
 
-def test_sentences_of_a_further_language_are_trained_on_and_named_as_a_source(project):
-    stats = srsly.read_json(project / "corpus" / "stats.json")
-    assert (stats["train"]["sentences"], stats["test"]["sentences"]) == (43, 41)
-    meta = srsly.read_json(project / "packages" / "it_panx_xlmr-2.0.0" / "meta.json")
-    assert [source.get("config") for source in meta["sources"]] == ["tiny", "PAN-X.es", None]
-
-
 def test_another_language_makes_another_package(project, variables, tmp_path):
     copy_project(tmp_path, project, ("corpus", "data"))
     spanish = variables | {"lang": "es", "dataset_config": "PAN-X.es", "extra_train": ""}
@@ -92,11 +85,12 @@ def test_running_again_skips_what_is_done(project, variables, capfd):
         assert f"Skipping '{name}'" in output
 
 
-def test_meta_is_what_spacy_accepts_and_has_the_figures_of_the_test_sentences(project):
+def test_meta_is_what_spacy_accepts_and_has_the_sources_and_the_figures_of_the_test_sentences(project):
     meta = srsly.read_json(project / "packages" / "it_panx_xlmr-2.0.0" / "meta.json")
     test = srsly.read_json(project / "metrics" / "test.json")
     raw_text = srsly.read_json(project / "metrics" / "raw_text.json")
     assert validate(ModelMetaSchema, meta) == []
+    assert [source.get("config") for source in meta["sources"]] == ["tiny", "PAN-X.es", None]
     assert meta["performance"]["ents_f"] == test["ents_f"]
     assert meta["performance"]["raw_text_ents_f"] == raw_text["ents_f"]
     assert set(meta["performance"]["ents_per_type"]) == {"LOC", "ORG", "PER"}
