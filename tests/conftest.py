@@ -118,24 +118,22 @@ def refused() -> Callable[..., str]:
     return run
 
 
-# what the `project` is made with, besides its data and encoder
-TRAINED = {
-    "gpu_id": -1,
-    "dataset_config": "tiny",
-    "learning_rate": 0.002,
-    "head_learning_rate_scale": 2,
-    "batch_size": 6,
-    "epochs": 10,
-    "extra_train": "PAN-X.es",
-    "slim_pieces": 400,
-    **dict.fromkeys(("train_size", "dev_size", "test_size"), 0),
-}
-
-
 @pytest.fixture(scope="session")
 def variables(tiny_encoder: Path) -> dict[str, object]:
     """The variables of project.yml that the `project` is made with."""
-    return TRAINED | {"dataset": "data", "encoder": str(tiny_encoder)}
+    return {
+        "gpu_id": -1,
+        "dataset": "data",
+        "dataset_config": "tiny",
+        "encoder": str(tiny_encoder),
+        "learning_rate": 0.002,
+        "head_learning_rate_scale": 2,
+        "batch_size": 6,
+        "epochs": 10,
+        "extra_train": "PAN-X.es",
+        "slim_pieces": 400,
+        **dict.fromkeys(("train_size", "dev_size", "test_size"), 0),
+    }
 
 
 @pytest.fixture(scope="session")
