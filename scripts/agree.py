@@ -36,6 +36,7 @@ def agree(models: Sequence[str], sentences: Sequence[tuple[str, ...]], gpu_id: i
     return agreed
 
 
+@one_sentence()
 def main(
     models: Annotated[list[str], typer.Argument(help="Pipelines trained with other seeds", show_default=False)],
     output: Annotated[Path, typer.Option(help="Folder for train.tsv")],
@@ -46,18 +47,17 @@ def main(
     gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")] = -1,
 ) -> None:
     """Label the training sentences that the pipelines were not trained on, where all pipelines agree."""
-    with one_sentence():
-        path = split_path(data, "train", lang)
-        sentences = [sentence.words for sentence in read_tsv(path)]
-        known = {*subset(sentences, train_size, str(path))}
-        others = [words for words in sentences if words not in known and any(word.strip() for word in words)]
-        if not others:
-            raise UserError(f"{path}: the pipelines were trained on every sentence; set a smaller --train-size.")
-        some = subset(others, size, f"{path}, without the card's sentences")
-        agreed = agree(models, some, gpu_id)
-        with replacing(output / "train.tsv") as file:
-            file.write_bytes(to_tsv(agreed))
-        msg.good(f"{output / 'train.tsv'}: {len(agreed):,} of {len(some):,} sentences, on which all pipelines agree")
+    path = split_path(data, "train", lang)
+    sentences = [sentence.words for sentence in read_tsv(path)]
+    known = {*subset(sentences, train_size, str(path))}
+    others = [words for words in sentences if words not in known and any(word.strip() for word in words)]
+    if not others:
+        raise UserError(f"{path}: the pipelines were trained on every sentence; set a smaller --train-size.")
+    some = subset(others, size, f"{path}, without the card's sentences")
+    agreed = agree(models, some, gpu_id)
+    with replacing(output / "train.tsv") as file:
+        file.write_bytes(to_tsv(agreed))
+    msg.good(f"{output / 'train.tsv'}: {len(agreed):,} of {len(some):,} sentences, on which all pipelines agree")
 
 
 if __name__ == "__main__":

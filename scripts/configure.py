@@ -57,6 +57,7 @@ def configure(template: Path, *, sentences: int, epochs: int, gpu_id: int, **var
     return load_model_from_config(config, auto_fill=True).config
 
 
+@one_sentence()
 def main(
     template: Annotated[Path, typer.Argument(help="Config with the pipeline and the training", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Where the full config goes", show_default=False)],
@@ -73,16 +74,15 @@ def main(
 ) -> None:
     """Write the full training config from the template and the project's hyperparameters."""
     variables = {name: value for name, value in locals().items() if name not in ("template", "output")}
-    with one_sentence():
-        config = configure(template, sentences=len(DocBin().from_disk("corpus/train.spacy")), **variables)
-        with replacing(output) as path:
-            config.to_disk(path)
-        steps = config["training"]["max_steps"]
-        by_hand = f"python -m spacy train {output} --code scripts/train.py --output training --gpu-id {gpu_id}"
-        msg.good(
-            f"{output}: {steps} steps; `{by_hand}` runs it by hand; for N steps, add --training.max_steps N "
-            "--training.optimizer.learn_rate.total_steps N"
-        )
+    config = configure(template, sentences=len(DocBin().from_disk("corpus/train.spacy")), **variables)
+    with replacing(output) as path:
+        config.to_disk(path)
+    steps = config["training"]["max_steps"]
+    by_hand = f"python -m spacy train {output} --code scripts/train.py --output training --gpu-id {gpu_id}"
+    msg.good(
+        f"{output}: {steps} steps; `{by_hand}` runs it by hand; for N steps, add --training.max_steps N "
+        "--training.optimizer.learn_rate.total_steps N"
+    )
 
 
 if __name__ == "__main__":

@@ -188,6 +188,7 @@ def convert(
     return stats
 
 
+@one_sentence()
 def main(
     data: Annotated[Path, typer.Argument(help="Folder with the three splits as TSV", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Folder for the .spacy files and stats.json", show_default=False)],
@@ -201,19 +202,18 @@ def main(
     running_times: Annotated[int, typer.Option(help="How often its training part is taken", min=0)] = 0,
 ) -> None:
     """Convert PAN-X and the running corpus to DocBin, and count what is in them."""
-    with one_sentence():
-        sizes = {"train": train_size, "validation": dev_size, "test": test_size}
-        running = running if lang == LANG else None
-        stats = convert(data, output, lang, sizes, extra_train, extra_train_size, running, running_times)
-        for split in SPLITS:
-            row = stats[split]
-            entities = ", ".join(f"{count} {label}" for label, count in row["entities"].items())
-            repairs = ", ".join(f"{count} × {kind}" for kind, count in row["repairs"].items()) or "none"
-            path = output / FILE_NAMES[split]
-            msg.good(f"{path}: {row['sentences']} sentences, {row['tokens']} tokens, {entities}; repairs: {repairs}")
-        if running and running_times:
-            count = stats["running"]["train"]["sentences"]
-            msg.good(f"Running corpus: {count} training texts, each taken {running_times} times")
+    sizes = {"train": train_size, "validation": dev_size, "test": test_size}
+    running = running if lang == LANG else None
+    stats = convert(data, output, lang, sizes, extra_train, extra_train_size, running, running_times)
+    for split in SPLITS:
+        row = stats[split]
+        entities = ", ".join(f"{count} {label}" for label, count in row["entities"].items())
+        repairs = ", ".join(f"{count} × {kind}" for kind, count in row["repairs"].items()) or "none"
+        path = output / FILE_NAMES[split]
+        msg.good(f"{path}: {row['sentences']} sentences, {row['tokens']} tokens, {entities}; repairs: {repairs}")
+    if running and running_times:
+        count = stats["running"]["train"]["sentences"]
+        msg.good(f"Running corpus: {count} training texts, each taken {running_times} times")
 
 
 if __name__ == "__main__":

@@ -217,6 +217,7 @@ def write_assets(output: Path, data: Sentences, extra: Sentences, encoder: list[
         path.write_text(json.dumps(provenance, indent=2) + "\n")
 
 
+@one_sentence()
 def main(
     dataset: Annotated[str, typer.Option(help="Dataset on the Hub, or a folder of TSV files or in the Hub's layout")],
     dataset_config: Annotated[str, typer.Option(help="The dataset's config, for example PAN-X.it")],
@@ -232,17 +233,16 @@ def main(
     extra_train: Annotated[str, typer.Option(help="Further folders or configs to train on, separated by spaces")] = "",
 ) -> None:
     """Copy the data and the encoder, from the Hugging Face Hub or from local folders, to the assets folder."""
-    with one_sentence():
-        data, data_record = read_data(dataset, dataset_config, dataset_revision, lang)
-        if differing := compare(data_record["splits"], dataset_config, checksums):
-            message = f"{dataset}, config {dataset_config}, differs from {checksums}: {'; '.join(differing)}"
-            if allow_other_data == "false":
-                raise UserError(f"{message}; set another --vars.dataset, or --vars.allow_other_data true.")
-            msg.warn(f"{message}; used because allow_other_data is true.")
-        extra, extra_records = read_extra(extra_train, dataset, dataset_revision)
-        files, encoder_record = read_encoder(encoder, encoder_revision)
-        provenance = {"data": data_record, "extra_train": extra_records, "encoder": encoder_record}
-        write_assets(output, data, extra, files, provenance)
+    data, data_record = read_data(dataset, dataset_config, dataset_revision, lang)
+    if differing := compare(data_record["splits"], dataset_config, checksums):
+        message = f"{dataset}, config {dataset_config}, differs from {checksums}: {'; '.join(differing)}"
+        if allow_other_data == "false":
+            raise UserError(f"{message}; set another --vars.dataset, or --vars.allow_other_data true.")
+        msg.warn(f"{message}; used because allow_other_data is true.")
+    extra, extra_records = read_extra(extra_train, dataset, dataset_revision)
+    files, encoder_record = read_encoder(encoder, encoder_revision)
+    provenance = {"data": data_record, "extra_train": extra_records, "encoder": encoder_record}
+    write_assets(output, data, extra, files, provenance)
     counts = ", ".join(f"{len(some):,} {name}" for name, some in [*data.items(), *extra.items()])
     msg.good(f"Data: {dataset}, sentences: {counts}")
     msg.good(f"Encoder: {encoder}, {len(files)} files")

@@ -187,6 +187,7 @@ def iob2(doc: Doc) -> list[str]:
     return [f"{token.ent_iob_}-{token.ent_type_}" if token.ent_type_ else "O" for token in doc]
 
 
+@one_sentence()
 def main(
     model: Annotated[str, typer.Argument(help="Folder or installed package of a pipeline", show_default=False)],
     corpus: Annotated[Path, typer.Argument(help="PAN-X's gold sentences (.spacy)", show_default=False)],
@@ -195,24 +196,23 @@ def main(
     gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")] = -1,
 ) -> None:
     """Score a pipeline from raw text, by seqeval on the gold tokens, and on running text."""
-    with one_sentence():
-        nlp = load_pipeline(model, gpu_id)
-        examples = list(Corpus(corpus, gold_preproc=True)(nlp))
-        gold = [example.reference for example in examples]
-        predicted = list(nlp.pipe(example.predicted for example in examples))
-        scores = {"raw_text": score_raw_text(nlp, gold), "seqeval": score_seqeval(gold, predicted)}
-        scores["raw_text"]["ents_calibration_error"] = expected_calibration_error(calibration_bins(gold, predicted))
-        if Path(model).exists():
-            scores["raw_text"]["weights"] = weights_digest(Path(model))
-        texts = [example.reference for example in Corpus(running, gold_preproc=True)(nlp)] if running else []
-        scores["running"] = score_running_text(nlp, texts) if texts else {}
-        titles = {"raw_text": "raw text, by characters", "seqeval": "gold tokens, seqeval", "running": "running text"}
-        for name, score in scores.items():
-            with replacing(output / f"{name}.json") as path:
-                srsly.write_json(path, score)
-            if score:
-                figures = " ".join(f"{k[-1].upper()} {score[k] * 100:.2f}" for k in ("ents_p", "ents_r", "ents_f"))
-                msg.good(f"{titles[name]}: {figures} → {output / name}.json")
+    nlp = load_pipeline(model, gpu_id)
+    examples = list(Corpus(corpus, gold_preproc=True)(nlp))
+    gold = [example.reference for example in examples]
+    predicted = list(nlp.pipe(example.predicted for example in examples))
+    scores = {"raw_text": score_raw_text(nlp, gold), "seqeval": score_seqeval(gold, predicted)}
+    scores["raw_text"]["ents_calibration_error"] = expected_calibration_error(calibration_bins(gold, predicted))
+    if Path(model).exists():
+        scores["raw_text"]["weights"] = weights_digest(Path(model))
+    texts = [example.reference for example in Corpus(running, gold_preproc=True)(nlp)] if running else []
+    scores["running"] = score_running_text(nlp, texts) if texts else {}
+    titles = {"raw_text": "raw text, by characters", "seqeval": "gold tokens, seqeval", "running": "running text"}
+    for name, score in scores.items():
+        with replacing(output / f"{name}.json") as path:
+            srsly.write_json(path, score)
+        if score:
+            figures = " ".join(f"{k[-1].upper()} {score[k] * 100:.2f}" for k in ("ents_p", "ents_r", "ents_f"))
+            msg.good(f"{titles[name]}: {figures} → {output / name}.json")
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ def sources_licences(sources: Sequence[dict[str, str]]) -> str:
     return "\n\n".join(entries) + "\n"
 
 
+@one_sentence()
 def main(
     model: Annotated[Path, typer.Argument(help="Trained pipeline", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Folder for `spacy package`", show_default=False)],
@@ -108,54 +109,51 @@ def main(
     provenance: Annotated[Path, typer.Option(help="Sources of data and encoder")] = Path("assets/provenance.json"),
 ) -> None:
     """Write a trained pipeline's metadata and make it independent of the project, for `spacy package`."""
-    with one_sentence():
-        names = {"lang": lang, "name": name, "version": version}
-        check_names(**names)
-        origin = srsly.read_json(provenance)
-        raw_text = srsly.read_json(metrics / "raw_text.json")
-        if raw_text.get("weights") != weights_digest(model):
-            raise UserError(
-                f"{metrics / 'raw_text.json'}: these figures belong to other weights than {model}; run "
-                "`spacy project run evaluate` again."
-            )
-        test, stats = srsly.read_json(metrics / "test.json"), srsly.read_json("corpus/stats.json")
-        times = stats.get("running", {}).get("times", 0)
-        own = make_meta(srsly.read_json("configs/meta.json"), origin, test, raw_text, times > 0, **names)
-        training = list(srsly.read_jsonl(metrics / "training.jsonl"))
-        meta = srsly.read_json(model / "meta.json") | own
-        environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
-        card = environment.from_string(Path("configs/model_card.md").read_text(encoding="utf8")).render(
-            labels=LABELS,
-            percent=lambda fraction: f"{fraction * 100:.2f}",
-            meta=meta,
-            test=test,
-            raw_text=raw_text,
-            running=srsly.read_json(metrics / "running.json"),
-            further=bool(origin["extra_train"]),
-            times=times,
-            training=training,
-            stats=stats,
-            temperature=srsly.read_json(model / "ner" / "cfg").get("temperature", 1.0),
-            least=load_config(model / "config.cfg")["components"]["ner"]["threshold"],
-            config=load_config("training/config.cfg").interpolate(),
-            slim=slim,
-            panx=origin["data"]["config"].startswith("PAN-X"),
+    names = {"lang": lang, "name": name, "version": version}
+    check_names(**names)
+    origin = srsly.read_json(provenance)
+    raw_text = srsly.read_json(metrics / "raw_text.json")
+    if raw_text.get("weights") != weights_digest(model):
+        raise UserError(
+            f"{metrics / 'raw_text.json'}: these figures belong to other weights than {model}; run "
+            "`spacy project run evaluate` again."
         )
-        documents = {
-            "README.md": card,
-            "LICENSE": Path("LICENSE").read_text(encoding="utf8"),
-            "LICENSES_SOURCES": sources_licences(meta["sources"]),
-        }
-        with replacing(output) as folder:
-            shutil.copytree(model, folder)
-            config = inference_config(load_config(model / "config.cfg"), origin["encoder"]["source"])
-            config.to_disk(folder / "config.cfg")
-            srsly.write_json(folder / "meta.json", meta)
-            for file, text in documents.items():
-                (folder / file).write_text(text, encoding="utf8")
-        msg.good(
-            f"{output}: {lang}_{name} {version}, F1 {meta['performance']['ents_f'] * 100:.2f} on the test sentences"
-        )
+    test, stats = srsly.read_json(metrics / "test.json"), srsly.read_json("corpus/stats.json")
+    times = stats.get("running", {}).get("times", 0)
+    own = make_meta(srsly.read_json("configs/meta.json"), origin, test, raw_text, times > 0, **names)
+    training = list(srsly.read_jsonl(metrics / "training.jsonl"))
+    meta = srsly.read_json(model / "meta.json") | own
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
+    card = environment.from_string(Path("configs/model_card.md").read_text(encoding="utf8")).render(
+        labels=LABELS,
+        percent=lambda fraction: f"{fraction * 100:.2f}",
+        meta=meta,
+        test=test,
+        raw_text=raw_text,
+        running=srsly.read_json(metrics / "running.json"),
+        further=bool(origin["extra_train"]),
+        times=times,
+        training=training,
+        stats=stats,
+        temperature=srsly.read_json(model / "ner" / "cfg").get("temperature", 1.0),
+        least=load_config(model / "config.cfg")["components"]["ner"]["threshold"],
+        config=load_config("training/config.cfg").interpolate(),
+        slim=slim,
+        panx=origin["data"]["config"].startswith("PAN-X"),
+    )
+    documents = {
+        "README.md": card,
+        "LICENSE": Path("LICENSE").read_text(encoding="utf8"),
+        "LICENSES_SOURCES": sources_licences(meta["sources"]),
+    }
+    with replacing(output) as folder:
+        shutil.copytree(model, folder)
+        config = inference_config(load_config(model / "config.cfg"), origin["encoder"]["source"])
+        config.to_disk(folder / "config.cfg")
+        srsly.write_json(folder / "meta.json", meta)
+        for file, text in documents.items():
+            (folder / file).write_text(text, encoding="utf8")
+    msg.good(f"{output}: {lang}_{name} {version}, F1 {meta['performance']['ents_f'] * 100:.2f} on the test sentences")
 
 
 if __name__ == "__main__":

@@ -183,6 +183,7 @@ def make_report(gold: Sequence[Doc], predicted: Sequence[Doc], training: list[di
     )
 
 
+@one_sentence()
 def main(
     model: Annotated[str, typer.Argument(help="Trained pipeline", show_default=False)],
     corpus: Annotated[Path, typer.Argument(help="Gold sentences (.spacy)", show_default=False)],
@@ -192,20 +193,19 @@ def main(
     gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")] = -1,
 ) -> None:
     """Write an HTML report of a pipeline's errors on the test sentences."""
-    with one_sentence():
-        for path in (training, corpus):
-            if not path.is_file():
-                raise UserError(f"{path}: missing; run `spacy project run all`, which makes it.")
-        rows = list(srsly.read_jsonl(training))
-        nlp = load_pipeline(model, gpu_id)
-        examples = list(Corpus(corpus, gold_preproc=True)(nlp))
-        gold = [example.reference for example in examples]
-        if not any(doc.ents for doc in gold):
-            raise UserError(f"{corpus}: no gold entities; give annotated sentences.")
-        predicted = list(nlp.pipe(example.predicted for example in examples))
-        with replacing(output) as path:
-            path.write_text(make_report(gold, predicted, rows, name), encoding="utf8")
-        msg.good(f"{output}: {len(gold)} sentences; open it in a browser")
+    for path in (training, corpus):
+        if not path.is_file():
+            raise UserError(f"{path}: missing; run `spacy project run all`, which makes it.")
+    rows = list(srsly.read_jsonl(training))
+    nlp = load_pipeline(model, gpu_id)
+    examples = list(Corpus(corpus, gold_preproc=True)(nlp))
+    gold = [example.reference for example in examples]
+    if not any(doc.ents for doc in gold):
+        raise UserError(f"{corpus}: no gold entities; give annotated sentences.")
+    predicted = list(nlp.pipe(example.predicted for example in examples))
+    with replacing(output) as path:
+        path.write_text(make_report(gold, predicted, rows, name), encoding="utf8")
+    msg.good(f"{output}: {len(gold)} sentences; open it in a browser")
 
 
 if __name__ == "__main__":

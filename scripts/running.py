@@ -164,26 +164,26 @@ def _counts(lines: Sequence[Line]) -> dict[str, Any]:
     }
 
 
+@one_sentence()
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder of the corpus")] = Path("corpus/running"),
     second: Annotated[Path | None, typer.Option(help="Second annotation of the test part, to compare")] = None,
 ) -> None:
     """Check the running corpus and count what is in it into FOLDER/stats.json."""
-    with one_sentence():
-        nlp = blank_pipeline(LANG)
-        for documents in load(folder).values():
-            make_docs(nlp, documents)
-        stats = count(folder)
-        with replacing(folder / "stats.json") as path:
-            srsly.write_json(path, stats)
-        whole = stats["all"]
-        msg.good(
-            f"{folder}: {whole['sentences']} sentences in {whole['documents']} documents, "
-            f"{whole['without_entity'] * 100:.1f} % without an entity; "
-            f"{stats['test_names_not_in_train'] * 100:.1f} % of the test's names are not in the training part"
-        )
-        if second:
-            msg.good(f"{second}: agreement F1 {agreement(folder, second) * 100:.2f}")
+    nlp = blank_pipeline(LANG)
+    for documents in load(folder).values():
+        make_docs(nlp, documents)
+    stats = count(folder)
+    with replacing(folder / "stats.json") as path:
+        srsly.write_json(path, stats)
+    whole = stats["all"]
+    msg.good(
+        f"{folder}: {whole['sentences']} sentences in {whole['documents']} documents, "
+        f"{whole['without_entity'] * 100:.1f} % without an entity; "
+        f"{stats['test_names_not_in_train'] * 100:.1f} % of the test's names are not in the training part"
+    )
+    if second:
+        msg.good(f"{second}: agreement F1 {agreement(folder, second) * 100:.2f}")
 
 
 if __name__ == "__main__":
