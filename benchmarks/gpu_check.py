@@ -26,11 +26,10 @@ from spacy.util import minibatch, registry
 from thinc.api import Optimizer, get_ops, set_current_ops, torch2xp, xp2torch
 from wasabi import msg
 
-from scripts import build_encoder
+from scripts import build_encoder, convert
 from scripts.check import GB, check_cupy, check_driver
 from scripts.common import UserError, one_sentence, replacing
 from scripts.configure import configure
-from scripts.convert import convert
 from scripts.download import reason
 from scripts.evaluate import entities_of
 
@@ -168,7 +167,7 @@ def check_all(gpu_id: int, encoder: Path, sentences: int) -> list[dict[str, Any]
         build_encoder.main(encoder, None)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        stats = convert(Path("corpus/sample"), folder, "it", {"train": sentences, "validation": 0, "test": 0})
+        stats = convert.main(Path("corpus/sample"), folder, train_size=sentences)
         training = folder, encoder, stats["train"]["sentences"]
         if known := run("Training on the CPU", train, *training, -1, False):
             for precision in LIMITS:

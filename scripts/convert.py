@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any
 
 import numpy
@@ -125,7 +124,7 @@ def split_stats(docs: Sequence[Doc], repairs: Counter[str]) -> dict[str, Any]:
     """Count sentences, tokens, entities, lengths, duplicates and repairs."""
     lengths = [len(doc) for doc in docs]
     median, p95, p99 = numpy.percentile(lengths, [50, 95, 99]).tolist()
-    spread = {"min": min(lengths), "median": median, "mean": round(fmean(lengths), 2), "p95": p95, "p99": p99}
+    spread = {"min": min(lengths), "median": median, "mean": round(sum(lengths) / len(docs), 2), "p95": p95, "p99": p99}
     return {
         "sentences": len(docs),
         "tokens": sum(lengths),
@@ -134,58 +133,6 @@ def split_stats(docs: Sequence[Doc], repairs: Counter[str]) -> dict[str, Any]:
         "duplicate_sentences": len(docs) - len({doc.text for doc in docs}),
         "repairs": dict(sorted(repairs.items())),
     }
-
-
-def convert(
-    data: Path,
-    output: Path,
-    lang: str,
-    sizes: dict[str, int],
-    extra_train: Path | None = None,
-    extra_train_size: int = 0,
-    running: Path | None = None,
-    running_times: int = 0,
-) -> dict[str, Any]:
-    """Write train.spacy, dev.spacy, test.spacy and stats.json into `output`; return the stats.
-
-    sizes: sentences per split, 0 for all. extra_train: a folder of TSV files; up to `extra_train_size` of each
-    (0: as many as for training) are added to the training split, without validation and test sentences of the data.
-    running: the folder of the running corpus; its training part is added `running_times` times, its other parts go to
-    running-dev.spacy and running-test.spacy, which are empty without it. Nothing is written unless everything can be.
-    """
-    nlp = blank_pipeline(lang)
-    splits, stats, known = {}, {}, {}
-    for split in SPLITS:
-        path = split_path(data, split, lang)
-        sentences = subset(read_tsv(path), sizes[split], f"{path} ({split})")
-        if split == "train":
-            # other languages have some of the same titles
-            held_out = {s.words for name in SPLITS[1:] for s in read_tsv(split_path(data, name, lang))}
-            for extra in sorted(extra_train.glob("*.tsv")) if extra_train else []:
-                more = [sentence for sentence in read_tsv(extra) if sentence.words not in held_out]
-                sentences += subset(more, min(extra_train_size or sizes["train"], len(more)), str(extra))
-            to_doc = partial(make_training_doc, nlp)
-        else:
-            to_doc = partial(make_doc, nlp.vocab)
-        splits[split], repairs = convert_split(sentences, f"{path} ({split})", to_doc)
-        stats[split] = split_stats(splits[split], repairs)
-        known[split] = {doc.text for doc in splits[split]}
-    stats["shared"] = {
-        f"{b} also in {a}": sum(doc.text in known[a] for doc in splits[b]) for a, b in itertools.combinations(SPLITS, 2)
-    }
-    parts = {split: make_docs(nlp, documents) for split, documents in load(running).items()} if running else {}
-    if running:
-        stats["running"] = {split: split_stats(docs, Counter()) for split, docs in parts.items()}
-        stats["running"]["times"] = running_times
-        splits["train"] += parts["train"] * running_times
-    files = {FILE_NAMES[split]: docs for split, docs in splits.items()}
-    files |= {name: parts.get(split, []) for split, name in RUNNING_NAMES.items()}
-    for name, docs in files.items():
-        with replacing(output / name) as path:
-            path.write_bytes(DocBin(attrs=["ENT_IOB", "ENT_TYPE", "SPACY"], docs=docs).to_bytes())
-    with replacing(output / "stats.json") as path:
-        srsly.write_json(path, stats)
-    return stats
 
 
 @one_sentence()
@@ -200,20 +147,54 @@ def main(
     extra_train_size: Annotated[int, typer.Option(help="Sentences of each, 0 for as many as train_size", min=0)] = 0,
     running: Annotated[Path | None, typer.Option(help="Folder of the running corpus, used for Italian")] = None,
     running_times: Annotated[int, typer.Option(help="How often its training part is taken", min=0)] = 0,
-) -> None:
-    """Convert PAN-X and the running corpus to DocBin, and count what is in them."""
-    sizes = {"train": train_size, "validation": dev_size, "test": test_size}
-    running = running if lang == LANG else None
-    stats = convert(data, output, lang, sizes, extra_train, extra_train_size, running, running_times)
+) -> dict[str, Any]:
+    """Convert PAN-X and the running corpus to DocBin, count what is in them, and return the counts.
+
+    Further training sentences that are also validation or test sentences are left out. Without the running corpus, its
+    .spacy files are empty. Nothing is written unless everything can be.
+    """
+    nlp = blank_pipeline(lang)
+    splits, stats, known = {}, {}, {}
+    for split, size in zip(SPLITS, (train_size, dev_size, test_size), strict=True):
+        path = split_path(data, split, lang)
+        sentences = subset(read_tsv(path), size, f"{path} ({split})")
+        if split == "train":
+            # other languages have some of the same titles
+            held_out = {s.words for name in SPLITS[1:] for s in read_tsv(split_path(data, name, lang))}
+            for extra in sorted(extra_train.glob("*.tsv")) if extra_train else []:
+                more = [sentence for sentence in read_tsv(extra) if sentence.words not in held_out]
+                sentences += subset(more, min(extra_train_size or train_size, len(more)), str(extra))
+            to_doc = partial(make_training_doc, nlp)
+        else:
+            to_doc = partial(make_doc, nlp.vocab)
+        splits[split], repairs = convert_split(sentences, f"{path} ({split})", to_doc)
+        stats[split] = split_stats(splits[split], repairs)
+        known[split] = {doc.text for doc in splits[split]}
+    stats["shared"] = {
+        f"{b} also in {a}": sum(doc.text in known[a] for doc in splits[b]) for a, b in itertools.combinations(SPLITS, 2)
+    }
+    parts: dict[str, list[Doc]] = {}
+    if running and lang == LANG:
+        parts = {split: make_docs(nlp, documents) for split, documents in load(running).items()}
+        stats["running"] = {split: split_stats(docs, Counter()) for split, docs in parts.items()}
+        stats["running"]["times"] = running_times
+        splits["train"] += parts["train"] * running_times
+    files = {FILE_NAMES[split]: docs for split, docs in splits.items()}
+    files |= {name: parts.get(split, []) for split, name in RUNNING_NAMES.items()}
+    for name, docs in files.items():
+        with replacing(output / name) as path:
+            path.write_bytes(DocBin(attrs=["ENT_IOB", "ENT_TYPE", "SPACY"], docs=docs).to_bytes())
+    with replacing(output / "stats.json") as path:
+        srsly.write_json(path, stats)
     for split in SPLITS:
         row = stats[split]
         entities = ", ".join(f"{count} {label}" for label, count in row["entities"].items())
         repairs = ", ".join(f"{count} × {kind}" for kind, count in row["repairs"].items()) or "none"
         path = output / FILE_NAMES[split]
         msg.good(f"{path}: {row['sentences']} sentences, {row['tokens']} tokens, {entities}; repairs: {repairs}")
-    if running and running_times:
-        count = stats["running"]["train"]["sentences"]
-        msg.good(f"Running corpus: {count} training texts, each taken {running_times} times")
+    if parts and running_times:
+        msg.good(f"Running corpus: {len(parts['train'])} training texts, each taken {running_times} times")
+    return stats
 
 
 if __name__ == "__main__":

@@ -7,15 +7,13 @@ from spacy.tokens import DocBin
 
 from benchmarks.known_answers import ANSWERS
 from conftest import ROOT, SAMPLE
-from scripts import convert as convert_script
+from scripts import convert
 from scripts import running as running_script
-from scripts.convert import FILE_NAMES, convert, make_doc, make_training_doc, repair
+from scripts.convert import FILE_NAMES, make_doc, make_training_doc, repair
 from scripts.evaluate import iob2
 from scripts.panx import SPLITS, Sentence, read_tsv
 from scripts.pipeline import blank_pipeline
 from scripts.running import agreement, count, load, make_docs
-
-ALL = dict.fromkeys(SPLITS, 0)
 
 
 @pytest.fixture
@@ -44,12 +42,12 @@ def check_round_trip(folder, output, lang_suffix=""):
 
 
 def test_tokens_and_tags_of_the_sample_survive(tmp_path):
-    convert(SAMPLE, tmp_path, "it", ALL)
+    convert.main(SAMPLE, tmp_path)
     check_round_trip(SAMPLE, tmp_path)
 
 
 def test_tokens_and_tags_of_all_40000_sentences_survive(tmp_path, panx_dir):
-    stats = convert(panx_dir, tmp_path, "it", ALL)
+    stats = convert.main(panx_dir, tmp_path)
     check_round_trip(panx_dir, tmp_path, "-it")
     assert stats["train"]["entities"] == {"LOC": 9852, "ORG": 8045, "PER": 9766}
     assert stats["train"]["duplicate_sentences"] > 1000
@@ -64,15 +62,15 @@ def test_further_training_sentences_are_added_without_those_of_the_other_splits(
     known = "Anna\tO\nNeri\tO\n(\tO\nBari\tO\n)\tO\n\naltro\tB-LOC\n"  # whatever its tags
     for name in ("PAN-X.es", "PAN-X.fr"):
         (extra / f"{name}.tsv").write_text(f"{name}\tB-LOC\n\nuno\tO\n\n{known}\ndos\tO\n", encoding="utf8")
-    stats = convert(data, tmp_path, "it", ALL, extra_train=extra)
+    stats = convert.main(data, tmp_path, extra_train=extra)
     assert [stats[split]["sentences"] for split in SPLITS] == [7, 1, 1]
     texts = [doc.text for doc in read_docs(tmp_path / "train.spacy")]
     assert texts == ["Anna Neri (Bari)", "PAN-X.es", "uno", "dos", "PAN-X.fr", "uno", "dos"]
-    stats = convert(data, tmp_path, "it", ALL | {"train": 1}, extra_train=extra)
+    stats = convert.main(data, tmp_path, train_size=1, extra_train=extra)
     assert stats["train"]["sentences"] == 3
     for size, expected in ((2, 5), (400, 7)):  # all that is there is taken
-        settings = {"extra_train": extra, "extra_train_size": size}
-        assert convert(data, tmp_path, "it", ALL, **settings)["train"]["sentences"] == expected
+        stats = convert.main(data, tmp_path, extra_train=extra, extra_train_size=size)
+        assert stats["train"]["sentences"] == expected
 
 
 @pytest.mark.parametrize(
@@ -112,7 +110,7 @@ def running(tmp_path):
 
 
 def test_the_running_corpus_is_added_as_often_as_asked(data, tmp_path, running):
-    stats = convert(data, tmp_path, "it", ALL, running=running, running_times=3)
+    stats = convert.main(data, tmp_path, running=running, running_times=3)
     train = read_docs(tmp_path / "train.spacy")
     assert len(train) == 1 + 3 * 16
     assert [(e.text, e.label_) for e in train[2].ents] == [("Ugo 0", "PER"), ("Italia", "LOC")]
@@ -120,7 +118,7 @@ def test_the_running_corpus_is_added_as_often_as_asked(data, tmp_path, running):
     (paragraph,) = read_docs(tmp_path / "running-test.spacy")
     assert len(paragraph.ents) == 6
     assert stats["running"]["train"]["sentences"] == 16
-    convert(data, tmp_path, "it", ALL)
+    convert.main(data, tmp_path)
     assert read_docs(tmp_path / "running-dev.spacy") == []
 
 
@@ -180,7 +178,7 @@ def test_blank_tokens_are_dropped_and_what_continues_no_entity_begins_one(words,
 
 def test_stats_count_what_is_there(data, tmp_path):
     (data / "test.tsv").write_text("Bari\tI-LOC\n\tO\n\nBari\tB-LOC\n\n \tO\n", encoding="utf8")
-    stats = convert(data, tmp_path, "it", ALL)
+    stats = convert.main(data, tmp_path)
     assert stats == srsly.read_json(tmp_path / "stats.json")
     test = stats["test"]
     assert (test["sentences"], test["tokens"], test["duplicate_sentences"]) == (2, 2, 1)
@@ -199,5 +197,5 @@ def test_stats_count_what_is_there(data, tmp_path):
 )
 def test_bad_data_is_one_sentence_and_leaves_nothing(refused, data, tmp_path, change, options, expected):
     change(data)
-    assert expected in refused(convert_script, data, tmp_path / "corpus", *options)
+    assert expected in refused(convert, data, tmp_path / "corpus", *options)
     assert not list((tmp_path / "corpus").glob("*"))

@@ -123,8 +123,7 @@ def accumulation_error(encoder: Path, folder: Path) -> float:
 def main(encoder: Path, folder: Path) -> None:
     RESULTS["computed though a GPU refuses it"] = refused()
     watch_predictions()
-    sizes = {"train": SENTENCES, "validation": 12, "test": 12}
-    convert.convert(Path("corpus/sample"), folder, "it", sizes)
+    convert.main(Path("corpus/sample"), folder, train_size=SENTENCES, dev_size=12, test_size=12)
     # a pipeline that finds entities, trained on the CPU
     config_for(encoder, folder, -1, epochs=40).to_disk(folder / "cpu.cfg")
     train(folder / "cpu.cfg", folder / "cpu", use_gpu=-1)
