@@ -4,7 +4,6 @@ Pipelines that were trained with other seeds make other errors, so that what the
 what one of them says (Zhou and Li 2005). The sentences' own tags are not read.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -18,24 +17,6 @@ from scripts.panx import Sentence, guess_spaces, read_tsv, split_path, subset, t
 from scripts.pipeline import load_pipeline
 
 
-def agree(models: Sequence[str], sentences: Sequence[tuple[str, ...]], gpu_id: int = -1) -> list[Sentence]:
-    """Return the sentences for which all pipelines have the same tags, with these tags.
-
-    Raises UserError for fewer than two pipelines and where they agree on no sentence.
-    """
-    if len(models) < 2:
-        raise UserError(f"{len(models)} pipeline given, expected two or more; train others with another --vars.seed.")
-    found = []
-    for model in models:
-        nlp = load_pipeline(model, gpu_id)
-        docs = nlp.pipe(Doc(nlp.vocab, words=words, spaces=guess_spaces(words)) for words in sentences)
-        found.append([tuple(iob2(doc)) for doc in docs])
-    agreed = [Sentence(words, tags[0]) for words, *tags in zip(sentences, *found, strict=True) if len({*tags}) == 1]
-    if not agreed:
-        raise UserError(f"{', '.join(models)}: they agree on no sentence; train them for longer.")
-    return agreed
-
-
 @one_sentence()
 def main(
     models: Annotated[list[str], typer.Argument(help="Pipelines trained with other seeds", show_default=False)],
@@ -47,6 +28,8 @@ def main(
     gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")] = -1,
 ) -> None:
     """Label the training sentences that the pipelines were not trained on, where all pipelines agree."""
+    if len(models) < 2:
+        raise UserError(f"{len(models)} pipeline given, expected two or more; train others with another --vars.seed.")
     path = split_path(data, "train", lang)
     sentences = [sentence.words for sentence in read_tsv(path)]
     known = {*subset(sentences, train_size, str(path))}
@@ -54,7 +37,14 @@ def main(
     if not others:
         raise UserError(f"{path}: the pipelines were trained on every sentence; set a smaller --train-size.")
     some = subset(others, size, f"{path}, without the card's sentences")
-    agreed = agree(models, some, gpu_id)
+    found = []
+    for model in models:
+        nlp = load_pipeline(model, gpu_id)
+        docs = nlp.pipe(Doc(nlp.vocab, words=words, spaces=guess_spaces(words)) for words in some)
+        found.append([tuple(iob2(doc)) for doc in docs])
+    agreed = [Sentence(words, tags[0]) for words, *tags in zip(some, *found, strict=True) if len({*tags}) == 1]
+    if not agreed:
+        raise UserError(f"{', '.join(models)}: they agree on no sentence; train them for longer.")
     with replacing(output / "train.tsv") as file:
         file.write_bytes(to_tsv(agreed))
     msg.good(f"{output / 'train.tsv'}: {len(agreed):,} of {len(some):,} sentences, on which all pipelines agree")
