@@ -27,7 +27,7 @@ from thinc.api import Optimizer, get_ops, set_current_ops, torch2xp, xp2torch
 from wasabi import msg
 
 from scripts import build_encoder, convert
-from scripts.check import GB, check_cupy, check_driver
+from scripts.check import GB, check_cupy, check_pytorch
 from scripts.common import UserError, one_sentence, replacing
 from scripts.configure import configure
 from scripts.download import reason
@@ -159,7 +159,7 @@ def check_all(gpu_id: int, encoder: Path, sentences: int) -> list[dict[str, Any]
         results.append({"check": name, "ok": result is not None, "result": said})
         return result
 
-    if not (run("GPU", check_driver, gpu_id) and run("CuPy", check_cupy, gpu_id)):
+    if not (run("GPU", check_pytorch, gpu_id) and run("CuPy", check_cupy, gpu_id)):
         return results
     run("Memory", check_memory, gpu_id)
     run("Shared memory", check_shared_memory, gpu_id)

@@ -1,13 +1,14 @@
 """Check what a run of the workflow needs before it begins, and print each problem in one sentence."""
 
-import ctypes
-import re
 import shutil
 from pathlib import Path
 from typing import Annotated
 
 import numpy
+import torch
 import typer
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 from wasabi import msg
 
 from scripts.common import UserError
@@ -22,39 +23,17 @@ NEED_PER_WEIGHTS = 7  # without the Hub's cache
 PRODUCED = ("assets/data", "assets/extra_train", "assets/encoder", "corpus", "training", "metrics", "packages")
 
 
-def driver_cuda() -> tuple[int, int] | None:
-    """Return the newest version of CUDA that the NVIDIA driver supports, or None without a driver."""
-    version = ctypes.c_int()
+def check_pytorch(gpu_id: int) -> str:
+    """Return the GPU's name. Raise UserError unless PyTorch computes on it."""
     try:
-        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except OSError:
-        return None
-    return None if failed else (version.value // 1000, version.value % 1000 // 10)
-
-
-def check_driver(gpu_id: int) -> str:
-    """Return the GPU's name. Raise UserError unless PyTorch, the driver and the GPU fit each other."""
-    import torch
-
-    if torch.version.cuda is None:
-        raise UserError(f"PyTorch {torch.__version__} is built without CUDA; run `make venv-gpu`, {ON_CPU}.")
-    built = f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}"
-    if not (driver := driver_cuda()):
-        raise UserError(f"No working NVIDIA driver (libcuda.so.1); install one until `nvidia-smi` runs, {ON_CPU}.")
-    if driver[0] < int(torch.version.cuda.split(".")[0]):
-        raise UserError(f"{built} and the driver for {driver[0]}.{driver[1]}; install a newer driver, {ON_CPU}.")
-    if gpu_id >= (count := torch.cuda.device_count()):
-        raise UserError(f"No GPU {gpu_id}: PyTorch finds {count} GPUs; check `nvidia-smi` and --vars.gpu_id, {ON_CPU}.")
-    name, (major, minor) = torch.cuda.get_device_name(gpu_id), torch.cuda.get_device_capability(gpu_id)
-    # machine code runs on GPUs of its major version, code for compute_XY on all later ones
-    for kind, *of in re.findall(r"(sm|compute)_(\d+)(\d)\b", " ".join(architectures := torch.cuda.get_arch_list())):
-        x, y = map(int, of)
-        if (x, y) <= (major, minor) and (x == major or kind == "compute"):
-            return f"{name} (sm_{major}{minor}), driver for CUDA {driver[0]}.{driver[1]}, {built}"
-    raise UserError(
-        f"PyTorch {torch.__version__} has no code for {name} (sm_{major}{minor}), only for {', '.join(architectures)}; "
-        f"use another GPU or another build of PyTorch, {ON_CPU}."
-    )
+        torch.ones(2, device=f"cuda:{gpu_id}").tolist()
+        name, (major, minor) = torch.cuda.get_device_name(gpu_id), torch.cuda.get_device_capability(gpu_id)
+    except (AssertionError, RuntimeError) as error:  # no CUDA, no driver, an old driver, no such GPU, no code for it
+        raise UserError(
+            f"PyTorch {torch.__version__} does not compute on GPU {gpu_id} ({reason(error)}); install a driver that "
+            f"fits it until `nvidia-smi` runs, run `make venv-gpu`, check --vars.gpu_id, {ON_CPU}."
+        ) from error
+    return f"{name} (sm_{major}{minor}), PyTorch {torch.__version__} for CUDA {torch.version.cuda}"
 
 
 def check_cupy(gpu_id: int) -> str:
@@ -83,15 +62,13 @@ def check_cupy(gpu_id: int) -> str:
 
 def check_gpu(gpu_id: int) -> None:
     """Raise UserError unless PyTorch and CuPy can compute on the GPU; -1 is the CPU."""
-    if gpu_id < 0:
-        import torch
-
+    if gpu_id >= 0:
+        name = check_pytorch(gpu_id)
+        check_cupy(gpu_id)
+        msg.good(f"Runs on GPU {gpu_id}, {name}")
+    else:
         faster = "; `--vars.gpu_id 0` is faster" if torch.cuda.is_available() else ""
         msg.good(f"Runs on the CPU{faster}")
-        return
-    name = check_driver(gpu_id)
-    check_cupy(gpu_id)
-    msg.good(f"Runs on GPU {gpu_id}, {name}")
 
 
 def check_source(kind: str, name: str) -> None:
@@ -102,9 +79,6 @@ def check_source(kind: str, name: str) -> None:
         msg.good(f"{kind.capitalize()} {name} is a folder")
         return
     with explained(kind, name):
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import RepositoryNotFoundError
-
         try:
             HfApi().repo_info(name, repo_type="dataset" if kind == "dataset" else "model", timeout=5)
         except RepositoryNotFoundError:
