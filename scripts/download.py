@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from wasabi import msg
 
 from scripts.common import UserError, one_sentence, replacing
 from scripts.panx import SPLITS, Sentence, check_tags, digest, read_tsv, split_path, to_tsv
 
-# `datasets`, `huggingface_hub` and `transformers` are imported where they are used because they load slowly
+# `datasets` and `transformers` are imported where they are used because they load slowly
 
 EXPECTED = {
     "dataset": "TSV files (train-LANG.tsv or train.tsv, and so on) or Parquet files in the Hub's layout",
@@ -59,8 +61,6 @@ def local_folder(name: str, kind: str) -> Path | None:
 
 def fetch(kind: str, name: str, revision: str, patterns: Sequence[str]) -> Path:
     """Download files to the Hub's cache, if they are not there; return their folder, whose name is the commit."""
-    from huggingface_hub import snapshot_download
-
     options = {"repo_type": "dataset" if kind == "dataset" else "model", "allow_patterns": patterns}
     # "*" in a pattern also matches a slash
     return Path(snapshot_download(name, revision=revision, ignore_patterns="*/*", **options))
@@ -161,8 +161,6 @@ def read_extra(extra_train: str, dataset: str, revision: str) -> tuple[Sentences
 def check_encoder(folder: Path, name: str) -> None:
     """Raise UserError unless transformers and spacy-transformers can load the encoder; reads no weights."""
     with explained("encoder", name, folder):
-        from safetensors import safe_open
-
         weights, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
         if index.is_file() and not (folder / "model.safetensors").is_file():
             weights = set(json.loads(index.read_bytes())["weight_map"].values())
@@ -193,28 +191,9 @@ def read_encoder(encoder: str, revision: str) -> tuple[list[Path], Record]:
             source = fetch("encoder", encoder, revision, ENCODER_FILES)
     check_encoder(source, encoder)
     files = sorted({file for pattern in ENCODER_FILES for file in source.glob(pattern) if file.is_file()})
-    hashes = {}
-    for file in files:
-        with file.open("rb") as reader:
-            hashes[file.name] = hashlib.file_digest(reader, "sha256").hexdigest()
+    hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     name, commit = (folder.resolve().name, None) if folder else (encoder, source.name)
     return files, {"source": name, "commit": commit, "files": hashes}
-
-
-def write_assets(output: Path, data: Sentences, extra: Sentences, encoder: list[Path], provenance: Record) -> None:
-    """Write everything to temporary paths, then rename them."""
-    with contextlib.ExitStack() as stack:
-        for name, sentences in (("data", data), ("extra_train", extra)):
-            folder = stack.enter_context(replacing(output / name))
-            folder.mkdir()
-            for part, some in sentences.items():
-                (folder / f"{part}.tsv").write_bytes(to_tsv(some))
-        folder = stack.enter_context(replacing(output / "encoder"))
-        folder.mkdir()
-        for file in encoder:
-            shutil.copyfile(file, folder / file.name)
-        path = stack.enter_context(replacing(output / "provenance.json"))
-        path.write_text(json.dumps(provenance, indent=2) + "\n")
 
 
 @one_sentence()
@@ -242,7 +221,18 @@ def main(
     extra, extra_records = read_extra(extra_train, dataset, dataset_revision)
     files, encoder_record = read_encoder(encoder, encoder_revision)
     provenance = {"data": data_record, "extra_train": extra_records, "encoder": encoder_record}
-    write_assets(output, data, extra, files, provenance)
+    with contextlib.ExitStack() as stack:  # everything goes to temporary paths first
+        for name, sentences in (("data", data), ("extra_train", extra)):
+            folder = stack.enter_context(replacing(output / name))
+            folder.mkdir()
+            for part, some in sentences.items():
+                (folder / f"{part}.tsv").write_bytes(to_tsv(some))
+        folder = stack.enter_context(replacing(output / "encoder"))
+        folder.mkdir()
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
+        path = stack.enter_context(replacing(output / "provenance.json"))
+        path.write_text(json.dumps(provenance, indent=2) + "\n")
     counts = ", ".join(f"{len(some):,} {name}" for name, some in [*data.items(), *extra.items()])
     msg.good(f"Data: {dataset}, sentences: {counts}")
     msg.good(f"Encoder: {encoder}, {len(files)} files")
