@@ -19,7 +19,7 @@ from spacy.tokens import Doc, Span
 from spacy.training import Corpus
 from wasabi import msg
 
-from scripts.common import UserError, one_sentence, replacing
+from scripts.common import one_sentence, replacing
 from scripts.evaluate import calibration_bins, entities_of, expected_calibration_error, score_labels
 from scripts.pipeline import load_pipeline
 from scripts.train import plot_training
@@ -47,10 +47,9 @@ class Pair:
         return one != other
 
     @property
-    def kind(self) -> tuple[str, str]:
-        """The gold and the predicted entity, as text: errors with the same two are counted together."""
-        names = [f"{ent.label_} “{ent.text}”" if ent else "nothing" for ent in (self.gold, self.predicted)]
-        return names[0], names[1]
+    def title(self) -> str:
+        """The gold and the predicted entity, as text: errors with the same title are counted together."""
+        return " → ".join(f"{ent.label_} “{ent.text}”" if ent else "nothing" for ent in (self.gold, self.predicted))
 
 
 def best_overlap(ent: Span, others: Sequence[Span]) -> Span | None:
@@ -88,12 +87,7 @@ def confusion(pairs: Sequence[Pair], labels: Sequence[str]) -> dict[str, Any]:
     """Count how often an entity of one label was predicted as another label or as none."""
     names = [*labels, "nothing"]
     counts = Counter(tuple(ent.label_ if ent else "nothing" for ent in (pair.gold, pair.predicted)) for pair in pairs)
-    rows = []
-    for name in names:
-        total = max(sum(counts[name, other] for other in names), 1)
-        cells = [{"count": counts[name, other], "shade": counts[name, other] / total * 0.6} for other in names]
-        rows.append((name, cells))
-    return {"columns": names, "rows": rows}
+    return {"columns": names, "rows": [(name, [counts[name, other] for other in names]) for name in names]}
 
 
 def boundaries(pairs: Sequence[Pair], labels: Sequence[str]) -> dict[str, Any]:
@@ -149,8 +143,7 @@ def render(doc: Doc) -> Markup:
     """Render the entities of a Doc with displaCy, which would warn of a Doc without any."""
     ents = [{"start": ent.start_char, "end": ent.end_char, "label": ent.label_} for ent in doc.ents]
     parsed = {"text": doc.text, "ents": ents, "settings": displacy.get_doc_settings(doc)}
-    options = {"style": "ent", "manual": True, "options": {"colors": COLORS}, "page": False, "jupyter": False}
-    return Markup(displacy.render(parsed, **options))
+    return Markup(displacy.render(parsed, style="ent", manual=True, options={"colors": COLORS}, jupyter=False))
 
 
 def make_report(gold: Sequence[Doc], predicted: Sequence[Doc], training: list[dict[str, Any]], name: str) -> str:
@@ -159,11 +152,11 @@ def make_report(gold: Sequence[Doc], predicted: Sequence[Doc], training: list[di
     labels = sorted({ent.label_ for pair in docs for doc in pair for ent in doc.ents})
     pairs = list(pair_entities(gold, predicted))
     errors = [pair for pair in pairs if pair.is_error]
-    counts = Counter(error.kind for error in errors)
-    first = {error.kind: error for error in reversed(errors)}
-    frequent = [(f"{count} ×: {kind[0]} → {kind[1]}", first[kind]) for kind, count in counts.most_common(MOST)]
+    counts = Counter(error.title for error in errors)
+    first = {error.title: error for error in reversed(errors)}
+    frequent = [(f"{count} ×: {title}", first[title]) for title, count in counts.most_common(MOST)]
     wrong = sorted((e for e in errors if e.predicted), key=lambda error: -error.predicted._.panx_score)[:MOST]
-    confident = [(f"{e.predicted._.panx_score * 100:.1f} %: {e.kind[0]} → {e.kind[1]}", e) for e in wrong]
+    confident = [(f"{e.predicted._.panx_score * 100:.1f} %: {e.title}", e) for e in wrong]
     bins = calibration_bins(gold, predicted)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf8")).render(
@@ -186,24 +179,19 @@ def make_report(gold: Sequence[Doc], predicted: Sequence[Doc], training: list[di
 @one_sentence()
 def main(
     model: Annotated[str, typer.Argument(help="Trained pipeline", show_default=False)],
-    corpus: Annotated[Path, typer.Argument(help="Gold sentences (.spacy)", show_default=False)],
-    training: Annotated[Path, typer.Option(help="The training's table")] = Path("metrics/training.jsonl"),
+    corpus: Annotated[Path, typer.Argument(help="Gold sentences (.spacy)", show_default=False, exists=True)],
+    training: Annotated[Path, typer.Option(help="The training's table", exists=True)] = Path("metrics/training.jsonl"),
     output: Annotated[Path, typer.Option(help="Where the report goes")] = Path("metrics/report.html"),
     name: Annotated[str, typer.Option(help="What the report calls the pipeline")] = "it_panx_xlmr",
     gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")] = -1,
 ) -> None:
     """Write an HTML report of a pipeline's errors on the test sentences."""
-    for path in (training, corpus):
-        if not path.is_file():
-            raise UserError(f"{path}: missing; run `spacy project run all`, which makes it.")
-    rows = list(srsly.read_jsonl(training))
     nlp = load_pipeline(model, gpu_id)
     examples = list(Corpus(corpus, gold_preproc=True)(nlp))
     gold = [example.reference for example in examples]
-    if not any(doc.ents for doc in gold):
-        raise UserError(f"{corpus}: no gold entities; give annotated sentences.")
     predicted = list(nlp.pipe(example.predicted for example in examples))
     with replacing(output) as path:
+        rows = list(srsly.read_jsonl(training))
         path.write_text(make_report(gold, predicted, rows, name), encoding="utf8")
     msg.good(f"{output}: {len(gold)} sentences; open it in a browser")
 
