@@ -75,17 +75,12 @@ def make_meta(
         )
     performance = {key: test[key] for key in ("ents_f", "ents_p", "ents_r", "ents_per_type")}
     performance |= {f"raw_text_{key}": raw_text[key] for key in ("ents_f", "ents_p", "ents_r")}
-    further = [{"source": "running", "commit": None}] if running else []
-    records = [provenance["data"], *provenance["extra_train"], *further, provenance["encoder"]]
-    sources = [_source(record, template["sources"]) for record in records]
+    further = [{"source": "running"}] if running else []
+    sources = []
+    for record in [provenance["data"], *provenance["extra_train"], *further, provenance["encoder"]]:
+        known = template["sources"].get(record["source"], {"name": record["source"], "license": "unknown"})
+        sources.append(known | {key: record[key] for key in ("config", "commit") if record.get(key)})
     return template | names | {"sources": sources, "performance": performance}
-
-
-def _source(record: dict[str, Any], known: dict[str, dict[str, str]]) -> dict[str, str]:
-    source = known.get(record["source"], {"name": record["source"], "license": "unknown"})
-    config = {"config": record["config"]} if record.get("config") else {}
-    commit = {"commit": record["commit"]} if record["commit"] else {}
-    return source | config | commit
 
 
 def sources_licences(sources: Sequence[dict[str, str]]) -> str:
@@ -105,23 +100,19 @@ def main(
     lang: Annotated[str, typer.Option(help="First part of the package's name")],
     name: Annotated[str, typer.Option(help="Second part of the package's name")],
     version: Annotated[str, typer.Option(help="The package's version")],
-    metrics: Annotated[Path, typer.Option(help="Folder with the figures")] = Path("metrics"),
-    provenance: Annotated[Path, typer.Option(help="Sources of data and encoder")] = Path("assets/provenance.json"),
 ) -> None:
     """Write a trained pipeline's metadata and make it independent of the project, for `spacy package`."""
     names = {"lang": lang, "name": name, "version": version}
     check_names(**names)
-    origin = srsly.read_json(provenance)
-    raw_text = srsly.read_json(metrics / "raw_text.json")
+    test, raw_text, running = (srsly.read_json(f"metrics/{file}.json") for file in ("test", "raw_text", "running"))
     if raw_text.get("weights") != weights_digest(model):
         raise UserError(
-            f"{metrics / 'raw_text.json'}: these figures belong to other weights than {model}; run "
+            f"metrics/raw_text.json: these figures belong to other weights than {model}; run "
             "`spacy project run evaluate` again."
         )
-    test, stats = srsly.read_json(metrics / "test.json"), srsly.read_json("corpus/stats.json")
+    origin, stats = srsly.read_json("assets/provenance.json"), srsly.read_json("corpus/stats.json")
     times = stats.get("running", {}).get("times", 0)
     own = make_meta(srsly.read_json("configs/meta.json"), origin, test, raw_text, times > 0, **names)
-    training = list(srsly.read_jsonl(metrics / "training.jsonl"))
     meta = srsly.read_json(model / "meta.json") | own
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
     card = environment.from_string(Path("configs/model_card.md").read_text(encoding="utf8")).render(
@@ -130,12 +121,12 @@ def main(
         meta=meta,
         test=test,
         raw_text=raw_text,
-        running=srsly.read_json(metrics / "running.json"),
+        running=running,
         further=bool(origin["extra_train"]),
         times=times,
-        training=training,
+        training=list(srsly.read_jsonl("metrics/training.jsonl")),
         stats=stats,
-        temperature=srsly.read_json(model / "ner" / "cfg").get("temperature", 1.0),
+        temperature=srsly.read_json(model / "ner" / "cfg")["temperature"],
         least=load_config(model / "config.cfg")["components"]["ner"]["threshold"],
         config=load_config("training/config.cfg").interpolate(),
         slim=slim,
