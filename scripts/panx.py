@@ -45,40 +45,47 @@ def split_path(folder: Path, split: str, lang: str) -> Path:
     )
 
 
-def read_tsv(path: Path) -> list[Sentence]:
-    """Read `token<TAB>tag` lines; blank lines separate sentences. Tokens stay unchanged, blank ones included.
+def read_blocks(path: Path) -> list[list[tuple[str, str]]]:
+    """Return the lines of a UTF-8 file, each after its file and number, in blocks that blank lines separate.
 
-    Raises UserError, with file and line, for bytes that are not UTF-8, a line without exactly one tab, an unknown tag,
-    and a file without sentences.
+    Raises UserError, with file and line, for bytes that are not UTF-8.
     """
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = data[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{path}, line {number}: not UTF-8 (byte {data[error.start]:#04x}); save it as UTF-8."
-        ) from None
-    sentences: list[Sentence] = []
-    words: list[str] = []
-    tags: list[str] = []
+        message = f"not UTF-8 (byte {data[error.start]:#04x}); save it as UTF-8."
+        raise UserError(f"{path}, line {number}: {message}") from None
+    blocks: list[list[tuple[str, str]]] = [[]]
     # not str.splitlines, which would cut inside tokens that contain U+2028 or U+0085
-    for number, raw in enumerate([*text.split("\n"), ""], start=1):
-        line = raw.removesuffix("\r")
-        if not line:
-            if words:
-                sentences.append(Sentence(tuple(words), tuple(tags)))
-                words, tags = [], []
-            continue
-        if line.count("\t") != 1:
-            raise UserError(
-                f"{path}, line {number}: {line[:40]!r} has {line.count(chr(9))} tabs where token<TAB>tag has one; "
-                "fix the line."
-            )
-        word, tag = line.split("\t")
-        check_tags([tag], f"{path}, line {number}")
-        words.append(word)
-        tags.append(tag)
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            blocks[-1].append((f"{path}, line {number}", line.removesuffix("\r")))
+        else:
+            blocks.append([])
+    return [block for block in blocks if block]
+
+
+def read_tsv(path: Path) -> list[Sentence]:
+    """Read `token<TAB>tag` lines; blank lines separate sentences. Tokens stay unchanged, blank ones included.
+
+    Raises UserError, with file and line, for what `read_blocks` refuses, a line without exactly one tab, an unknown
+    tag, and a file without sentences.
+    """
+    sentences = []
+    for block in read_blocks(path):
+        words, tags = [], []
+        for where, line in block:
+            if line.count("\t") != 1:
+                raise UserError(
+                    f"{where}: {line[:40]!r} has {line.count(chr(9))} tabs where token<TAB>tag has one; fix the line."
+                )
+            word, tag = line.split("\t")
+            check_tags([tag], where)
+            words.append(word)
+            tags.append(tag)
+        sentences.append(Sentence(tuple(words), tuple(tags)))
     if not sentences:
         raise UserError(f"{path}: no sentences; expected token<TAB>tag lines.")
     return sentences

@@ -18,7 +18,7 @@ from spacy.tokens import Doc
 from wasabi import msg
 
 from scripts.common import UserError, one_sentence, replacing
-from scripts.panx import ENTITY_LABELS, SPLITS
+from scripts.panx import ENTITY_LABELS, SPLITS, read_blocks
 from scripts.pipeline import blank_pipeline
 
 LANG = "it"
@@ -36,21 +36,8 @@ class Line:
 
 
 def read_documents(path: Path) -> list[list[Line]]:
-    """Read the documents of one file.
-
-    Raises UserError, with file and line, for bytes that are not UTF-8 and for a bracket that is no entity.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8.") from None
-    documents: list[list[Line]] = [[]]
-    for number, raw in enumerate(text.split("\n"), start=1):
-        if raw.strip():
-            documents[-1].append(parse_line(raw.strip(), f"{path}, line {number}"))
-        elif documents[-1]:
-            documents.append([])
-    return [document for document in documents if document]
+    """Read the documents of one file. Raises UserError, with file and line, as read_blocks and parse_line do."""
+    return [[parse_line(line.strip(), where) for where, line in block] for block in read_blocks(path)]
 
 
 def parse_line(raw: str, where: str) -> Line:
@@ -117,24 +104,19 @@ def count(folder: Path) -> dict[str, Any]:
     """Count sentences, entities, lengths and repeated names, in all and by file and split."""
     parts = load(folder)
     lines = {split: [line for document in documents for line in document] for split, documents in parts.items()}
-    names = {split: {line.text[a:b] for line in some for a, b, _ in line.entities} for split, some in lines.items()}
     every = [line for some in lines.values() for line in some]
-    kinds = {
-        path.stem: [line for document in read_documents(path) for line in document] for path in folder.glob("*.txt")
-    }
-    test_names = [line.text[a:b] for line in lines["test"] for a, b, _ in line.entities]
+    files = {path.stem: read_documents(path) for path in sorted(folder.glob("*.txt"))}
+    kinds = {kind: [line for document in documents for line in document] for kind, documents in files.items()}
+    train_names, test_names = {*_names(lines["train"])}, _names(lines["test"])
+    new_names = sum(name not in train_names for name in test_names) / max(len(test_names), 1)
     return {
         "all": _counts(every) | {"documents": sum(map(len, parts.values()))},
         "kinds": {
-            kind: _counts(some) | {"share": round(len(some) / len(every), 4)}
-            for kind, some in sorted(kinds.items())
-            if some
+            kind: _counts(some) | {"share": round(len(some) / len(every), 4)} for kind, some in kinds.items() if some
         },
         "splits": {split: _counts(some) | {"documents": len(parts[split])} for split, some in lines.items()},
-        "test_names_not_in_train": round(
-            sum(name not in names["train"] for name in test_names) / max(len(test_names), 1), 4
-        ),
-        "names_used_most": dict(Counter(line.text[a:b] for line in every for a, b, _ in line.entities).most_common(20)),
+        "test_names_not_in_train": round(new_names, 4),
+        "names_used_most": dict(Counter(_names(every)).most_common(20)),
     }
 
 
@@ -149,6 +131,10 @@ def agreement(folder: Path, second: Path) -> float:
         raise UserError(f"{second}: expected the sentences of the test part in the same order; correct the file.")
     both = sum(len({*one.entities} & {*two.entities}) for one, two in zip(first, other, strict=True))
     return 2 * both / max(sum(len(line.entities) for line in (*first, *other)), 1)
+
+
+def _names(lines: Sequence[Line]) -> list[str]:
+    return [line.text[start:end] for line in lines for start, end, _ in line.entities]
 
 
 def _counts(lines: Sequence[Line]) -> dict[str, Any]:
