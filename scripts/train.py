@@ -1,7 +1,6 @@
 """The registered functions of training: optimizer, batches, letter case, and a logger with the validation loss."""
 
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -219,7 +218,7 @@ def sentence_batches(size: int) -> Callable[[Iterable[Example]], Iterator[list[E
 @registry.loggers("panx_xlmr.TrainingLogger.v3")
 def training_logger(
     dev_corpus: Callable[[Language], Iterable[Example]], output_file: str, plot_file: str
-) -> Callable[[Language, IO, IO], tuple[Callable[[dict[str, Any] | None], None], Callable[[], None]]]:
+) -> Callable[[Language, IO, IO], tuple[Callable, Callable]]:
     """Log spaCy's console table and progress bar, and the model card's table.
 
     After each evaluation a row goes to `output_file` (JSONL): `training_loss`, the batches' mean loss since the last
@@ -227,9 +226,7 @@ def training_logger(
     `dev_corpus`; and spaCy's scores there as fractions. `plot_file` (PNG) shows all rows so far.
     """
 
-    def setup_logger(
-        nlp: Language, stdout: IO = sys.stdout, stderr: IO = sys.stderr
-    ) -> tuple[Callable[[dict[str, Any] | None], None], Callable[[], None]]:
+    def setup_logger(nlp: Language, stdout: IO, stderr: IO) -> tuple[Callable, Callable]:
         log_to_console, finalize = console_logger_v3(progress_bar="eval")(nlp, stdout, stderr)
         rows: list[dict[str, Any]] = []
         Path(output_file).parent.mkdir(parents=True, exist_ok=True)
