@@ -11,8 +11,6 @@ from spacy.util import minibatch
 from scripts.common import UserError
 from scripts.evaluate import calibration_bins, expected_calibration_error, scored_entities
 
-BOUNDS = (0.25, 8.0)
-
 
 def find_temperature(nlp: Language, parts: Sequence[Sequence[Example]]) -> tuple[float, float, float]:
     """Return (temperature, calibration error before, after) and leave the pipe `ner` with that temperature.
@@ -57,7 +55,7 @@ def find_temperature(nlp: Language, parts: Sequence[Sequence[Example]]) -> tuple
             "(--vars.train_size, --vars.epochs)."
         )
     before = error()
-    temperature = round(float(minimize_scalar(log_loss, bounds=BOUNDS, method="bounded").x), 3)
+    temperature = round(float(minimize_scalar(log_loss, bounds=(0.25, 8.0), method="bounded").x), 3)
     annotate(temperature)
     after, ner.threshold = error(), threshold
     return temperature, before, after

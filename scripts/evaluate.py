@@ -1,6 +1,7 @@
 """Measure what `spacy evaluate` does not: entities found in raw text, seqeval's score, and calibration."""
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,28 +74,22 @@ def _share(hits: Iterable[bool]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def glued_tokens(doc: Doc) -> list[tuple[int, int]]:
-    """Return first and last character of each token like `dell'Italia` outside entities: it may hold a name."""
-    return [
-        (token.idx, token.idx + len(token))
-        for token in doc
-        if not token.ent_type_
-        and any(c in "'’" and token.text[i + 1 : i + 2].isupper() for i, c in enumerate(token.text))
-    ]
-
-
 def score_raw_text(nlp: Language, gold: Sequence[Doc]) -> dict[str, Any]:
     """Score the entities found in each gold Doc's text by the whole pipeline, tokenizer included.
 
-    Returns what `score_entities` returns and, under `without_glued`, the same without entities found inside glued
-    tokens that PAN-X leaves out.
+    Returns what `score_entities` returns and, under `without_glued`, the same without entities found inside tokens like
+    `dell'Italia` that PAN-X leaves out.
     """
     expected = [entities_of(doc) for doc in gold]
     found = [entities_of(doc) for doc in nlp.pipe(doc.text for doc in gold)]
-    judged = [
-        {e for e in entities if not any(a <= e[0] and e[1] <= b for a, b in glued_tokens(doc))}
-        for doc, entities in zip(gold, found, strict=True)
-    ]
+    judged = []
+    for doc, entities in zip(gold, found, strict=True):
+        glued = [
+            (token.idx, token.idx + len(token))
+            for token in doc
+            if not token.ent_type_ and any(a in "'’" and b.isupper() for a, b in itertools.pairwise(token.text))
+        ]
+        judged.append({e for e in entities if not any(a <= e[0] and e[1] <= b for a, b in glued)})
     return score_entities(expected, found) | {"without_glued": score_entities(expected, judged)}
 
 
