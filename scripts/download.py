@@ -191,7 +191,10 @@ def read_encoder(encoder: str, revision: str) -> tuple[list[Path], Record]:
             source = fetch("encoder", encoder, revision, ENCODER_FILES)
     check_encoder(source, encoder)
     files = sorted({file for pattern in ENCODER_FILES for file in source.glob(pattern) if file.is_file()})
-    hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    hashes = {}
+    for file in files:
+        with file.open("rb") as reader:
+            hashes[file.name] = hashlib.file_digest(reader, "sha256").hexdigest()
     name, commit = (folder.resolve().name, None) if folder else (encoder, source.name)
     return files, {"source": name, "commit": commit, "files": hashes}
 

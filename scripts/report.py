@@ -19,7 +19,7 @@ from spacy.tokens import Doc, Span
 from spacy.training import Corpus
 from wasabi import msg
 
-from scripts.common import one_sentence, replacing
+from scripts.common import UserError, one_sentence, replacing
 from scripts.evaluate import calibration_bins, entities_of, expected_calibration_error, score_labels
 from scripts.pipeline import load_pipeline
 from scripts.train import plot_training
@@ -179,13 +179,16 @@ def make_report(gold: Sequence[Doc], predicted: Sequence[Doc], training: list[di
 @one_sentence()
 def main(
     model: Annotated[str, typer.Argument(help="Trained pipeline", show_default=False)],
-    corpus: Annotated[Path, typer.Argument(help="Gold sentences (.spacy)", show_default=False, exists=True)],
-    training: Annotated[Path, typer.Option(help="The training's table", exists=True)] = Path("metrics/training.jsonl"),
+    corpus: Annotated[Path, typer.Argument(help="Gold sentences (.spacy)", show_default=False)],
+    training: Annotated[Path, typer.Option(help="The training's table")] = Path("metrics/training.jsonl"),
     output: Annotated[Path, typer.Option(help="Where the report goes")] = Path("metrics/report.html"),
     name: Annotated[str, typer.Option(help="What the report calls the pipeline")] = "it_panx_xlmr",
     gpu_id: Annotated[int, typer.Option(help="Number of the GPU, -1 for the CPU")] = -1,
 ) -> None:
     """Write an HTML report of a pipeline's errors on the test sentences."""
+    for path in (training, corpus):
+        if not path.is_file():
+            raise UserError(f"{path}: missing; run `spacy project run all`, which makes it.")
     nlp = load_pipeline(model, gpu_id)
     examples = list(Corpus(corpus, gold_preproc=True)(nlp))
     gold = [example.reference for example in examples]

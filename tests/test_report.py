@@ -4,7 +4,6 @@ import pytest
 import spacy
 from spacy.tokens import Doc
 
-from conftest import invoke
 from scripts import report
 from scripts.pipeline.token_ner import SCORED
 
@@ -100,8 +99,6 @@ def test_the_report_has_the_curves_and_figures_and_scores_types_strictly(html):
     assert ["all", "4", "4", "1", "25.00", "25.00", "25.00"] in rows
 
 
-def test_a_missing_table_is_one_sentence(tmp_path):
-    (tmp_path / "test.spacy").touch()
-    result = invoke(report.main, "it_test", tmp_path / "test.spacy", "--training", tmp_path / "training.jsonl")
-    assert result.exit_code == 2
-    assert "does not exist" in result.output
+def test_a_missing_table_is_one_sentence(refused, tmp_path):
+    output = refused(report, "it_test", tmp_path / "test.spacy", "--training", tmp_path / "training.jsonl")
+    assert "training.jsonl: missing; run `spacy project run all`" in output
