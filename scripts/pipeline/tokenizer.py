@@ -15,7 +15,7 @@ from html.entities import name2codepoint
 
 from spacy import registry
 from spacy.lang.char_classes import ALPHA_UPPER
-from spacy.language import Language, create_tokenizer
+from spacy.language import Language
 from spacy.tokenizer import Tokenizer
 from spacy.tokens import Doc
 from spacy.util import compile_infix_regex, compile_prefix_regex, compile_suffix_regex
@@ -28,10 +28,9 @@ PIECE = 2000
 SIGHT = 40
 LONG_CHUNK = re.compile(rf"(\S{{{LONG + 1},}})( ?)")
 SURROGATE = re.compile("[\ud800-\udfff]")
-# Marks inside words: hyphens, apostrophes, a.C., 3,5, 12:30, H&M, a user name, 10%, 20°, C++, Catalan l·l, 1/2.
-INSIDE_WORDS = frozenset("-\u2010\u2011'’.,:&@#_%°+·/")
-# Invisible characters inside words: the soft hyphen and the joiners.
-JOINERS = frozenset("\u00ad\u200c\u200d")
+# Inside words: hyphens, apostrophes, a.C., 3,5, 12:30, H&M, a user name, 10%, 20°, C++, Catalan l·l, 1/2, and invisible
+# characters (the soft hyphen and the joiners).
+INSIDE_WORDS = frozenset("-\u2010\u2011'’.,:&@#_%°+·/\u00ad\u200c\u200d")
 # Parts of the encoder's text: sentences, words, and signs that can stand before a word. Hyphens, accents and joiners
 # cannot. White space that the encoder's tokenizer would delete is a sign, too.
 SENTENCE = re.compile(r".+?(?:[.!?…]\s+|$)", re.DOTALL)
@@ -43,8 +42,7 @@ def _separators() -> str:
     """Return a regular expression for one punctuation mark, symbol or invisible character that separates words."""
     # the planes between have none, the last two are for private use; lone surrogates are replaced
     planes = [*range(0xD800), *range(0xE000, 0x20000), *range(0xE0000, 0xE0080)]
-    inside = INSIDE_WORDS | JOINERS
-    points = [i for i in planes if unicodedata.category(chr(i))[0] in "PSC" and chr(i) not in inside]
+    points = [i for i in planes if unicodedata.category(chr(i))[0] in "PSC" and chr(i) not in INSIDE_WORDS]
     points = [i for i in points if not chr(i).isspace()]
     starts = [i for i, before in zip(points, [-2, *points], strict=False) if i != before + 1]
     ends = [i for i, after in zip(points, [*points[1:], -2], strict=True) if i != after - 1]
@@ -103,22 +101,18 @@ def linear_tokenizer() -> Callable[[Language], Tokenizer]:
     """Return a function that makes the tokenizer from a language's own rules."""
 
     def create(nlp: Language) -> Tokenizer:
-        stock = create_tokenizer()(nlp)
-        prefixes, suffixes, infixes = (
-            list(rules or ()) for rules in (nlp.Defaults.prefixes, nlp.Defaults.suffixes, nlp.Defaults.infixes)
-        )
-        sign = _separators()
+        stock, sign = nlp.Defaults, _separators()
         # an emoji with the selector of its variant, `&nbsp;` (not `H&M;`)
         wholes = ["[^\\w\\s][\ufe00-\ufe0f]+", f"&(?:#\\w+|apos|{'|'.join(name2codepoint)});"]
         # not inside a word at its beginning or end
         joint = "[-\u2010\u2011/]+"
         # a period after a missing space (`casa .Bari`) goes, but not that of `.it`
-        prefixes = [*wholes, *prefixes, sign, f"{joint}(?=[^\\W\\d])", f"\\.(?=[{ALPHA_UPPER}])"]
+        prefixes = [*wholes, *stock.prefixes, sign, f"{joint}(?=[^\\W\\d])", f"\\.(?=[{ALPHA_UPPER}])"]
         # the period of a letter (`Serie B.`), of a word (`SpaceX.`), after a combining accent (`Cefalu\u0300.`) or sign
         period = f"(?:(?<=^\\w)|(?<=\\w\\w)|(?<=[\u0300-\u036f])|(?<={sign}))\\."
         letter, quotes = "[^\\W\\d_]", "['’]+"
         footnote = f"(?<={letter}{letter})[\u00b9\u00b2\u00b3\u2070\u2074-\u2079]+"  # `Deledda¹`, not `m²`
-        suffixes += [*wholes, sign, f"(?<=\\w){joint}", period, footnote]
+        suffixes = [*stock.suffixes, *wholes, sign, f"(?<=\\w){joint}", period, footnote]
         # `via Roma,12`, `Bari,'Roma'`, `1.Bari`
         missing_spaces = [
             f"(?<={letter})[,:](?=\\d|{quotes})",
@@ -126,10 +120,10 @@ def linear_tokenizer() -> Callable[[Language], Tokenizer]:
             f"(?<=\\d)([,:](?={letter})|\\.(?=[{ALPHA_UPPER}]))",
         ]
         signs = ["(?<!:)[-\u2010\u2011/]{2,}", "(?<=['’])[_#@&]+", r"(?<=\w)\+(?=[^\W\d])", sign]
-        infixes = [*wholes, "'{2,}", *infixes, *missing_spaces, *signs]
+        infixes = [*wholes, "'{2,}", *stock.infixes, *missing_spaces, *signs]
         return LinearTokenizer(
             nlp.vocab,
-            rules={text: rule for text, rule in stock.rules.items() if not re.fullmatch(r"\w\.", text)},
+            rules={text: rule for text, rule in stock.tokenizer_exceptions.items() if not re.fullmatch(r"\w\.", text)},
             prefix_search=compile_prefix_regex(prefixes).search,
             suffix_search=compile_suffix_regex(suffixes).search,
             infix_finditer=compile_infix_regex(infixes).finditer,
