@@ -27,7 +27,6 @@ import torch
 from safetensors.torch import load, save
 from spacy import registry
 from spacy.tokens import Doc
-from spacy.util import SimpleFrozenDict
 from spacy_transformers.data_classes import FullTransformerBatch, HFObjects, TransformerData, WordpieceBatch
 from spacy_transformers.layers import trfs2arrays
 from spacy_transformers.layers.hf_shim import HFShim
@@ -68,13 +67,8 @@ class VectorBatch(FullTransformerBatch):
     """The vectors of a batch of Docs: one row per wordpiece, text after text, a special token before each text."""
 
     def __init__(self, doc_data: list[TransformerData], vectors: torch.Tensor) -> None:
-        super().__init__(
-            spans=[],
-            wordpieces=WordpieceBatch.empty(),
-            model_output=BaseModelOutput(last_hidden_state=vectors),
-            align=Ragged(numpy.zeros(0, dtype="i"), numpy.zeros(0, dtype="i")),
-            cached_doc_data=doc_data,
-        )
+        nothing, output = TransformerData.empty(), BaseModelOutput(last_hidden_state=vectors)
+        super().__init__([], nothing.wordpieces, output, nothing.align, cached_doc_data=doc_data)
 
     def unsplit_by_doc(self, arrays: list[list[Floats3d]]) -> "VectorBatch":
         """Concatenate the Docs' gradients, each of shape (1, wordpieces, width), to shape (wordpieces, width)."""
@@ -147,13 +141,13 @@ class TransformerShim(HFShim):
         prepare_transformer(transformer).load_state_dict(weights, assign=True)
         self._model, self.low_precision = transformer.to(get_torch_default_device()).eval(), None
         prepare_tokenizer(tokenizer)
-        self._hfmodel = HFObjects(tokenizer, transformer, vocab_file_contents, SimpleFrozenDict(), SimpleFrozenDict())
-        if self.precision == "bfloat16" and not _has_bfloat16(transformer.device):
+        self._hfmodel = HFObjects(tokenizer, transformer, vocab_file_contents)
+        # made now, not in the first of several threads that predict
+        if self._prediction_model() is transformer and self.precision == "bfloat16":
             warnings.warn(
                 "This processor is not faster in bfloat16 than in float32: the pipeline predicts in float32.",
                 stacklevel=2,
             )
-        self._prediction_model()  # now, not in the first of several threads that predict
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -196,8 +190,7 @@ class TransformerShim(HFShim):
         if hasattr(optimizer, "update_encoder"):
             if parameters and not self._grad_scaler.found_inf:
                 optimizer.update_encoder(self.id, parameters, embeddings.weight, read)
-            for _, parameter in parameters:
-                parameter.grad = None
+            self._model.zero_grad()
             self._grad_scaler.update()
             return
         if read:
@@ -279,7 +272,6 @@ class PanxTransformerModel(TransformerModel):
         matrix products in prediction; bfloat16 and int8 (CPU only) are faster and not exact. Weights are trained and
         stored in float32.
         """
-        self.arguments = (name, tokenizer_config, transformer_config, mixed_precision, precision)
         super().__init__(name, None, tokenizer_config, transformer_config)
         self.layers[0].shims[0] = TransformerShim(
             self.layers[0].shims[0]._hfmodel,
@@ -303,11 +295,7 @@ class PanxTransformerModel(TransformerModel):
 
     def copy(self) -> "PanxTransformerModel":
         """Return a copy that shares no weights."""
-        copied = PanxTransformerModel(*self.arguments)
-        copied.set_dim("nO", self.get_dim("nO"), force=True)
-        copied.attrs["has_transformer"] = self.attrs["has_transformer"]
-        copied.layers[0].shims[0] = copy.deepcopy(self.layers[0].shims[0])
-        return copied
+        return copy.deepcopy(self)
 
 
 @registry.architectures("panx_xlmr.Tok2VecTransformer.v3")
