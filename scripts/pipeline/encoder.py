@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load, save
 from spacy import registry
 from spacy.tokens import Doc
+from spacy.training import minibatch_by_padded_size
 from spacy_transformers.data_classes import FullTransformerBatch, HFObjects, TransformerData, WordpieceBatch
 from spacy_transformers.layers import trfs2arrays
 from spacy_transformers.layers.hf_shim import HFShim
@@ -61,6 +62,9 @@ class Window:
     row: int
     first: int
     count: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class VectorBatch(FullTransformerBatch):
@@ -225,13 +229,15 @@ class TransformerShim(HFShim):
     ) -> torch.Tensor:
         device, dtype = transformer.device, transformer.dtype
         arrays, paddings = [], []
-        for group in grouped_by_length(windows, GROUP_SIZE.get(device.type, GROUP_SIZE["cuda"])):
-            length = max(len(window.ids) for window in group)
+        size, by_length = GROUP_SIZE.get(device.type, GROUP_SIZE["cuda"]), sorted(windows, key=len)
+        # spaCy groups them from the longest to the shortest
+        for group in reversed([*minibatch_by_padded_size(by_length, size, buffer=len(windows))]):
+            length = len(group[-1])
             ids, mask = numpy.zeros((2, len(group), length), dtype="int64")
             places, rows = [], []  # where a vector is in the group's output, and its row
             for i, window in enumerate(group):
-                ids[i, : len(window.ids)] = window.ids
-                mask[i, : len(window.ids)] = 1
+                ids[i, : len(window)] = window.ids
+                mask[i, : len(window)] = 1
                 places.append(numpy.arange(window.count) + i * length + window.first)
                 rows.append(numpy.arange(window.count) + window.row)
             arrays += [ids, mask, numpy.concatenate(places), numpy.concatenate(rows)]
@@ -337,18 +343,13 @@ def forward(
     model: PanxTransformerModel, docs: list[Doc], is_train: bool
 ) -> tuple[VectorBatch, Callable[[VectorBatch], list[Doc]]]:
     """Return the vectors of the Docs' wordpieces, and the function that backpropagates their gradient."""
-    windows, aligned = wordpiece_windows(model.tokenizer, docs)
-    shim = model.layers[0].shims[0]
-    vectors, backprop = shim(windows, is_train)
-    array, doc_data, row = torch2xp(vectors.detach()), [], 0
-    for wordpieces, align in aligned:
-        rows = sum(wordpieces.lengths)
-        if not rows:
-            doc_data.append(TransformerData.empty())
-            continue
-        output = BaseModelOutput(last_hidden_state=array[None, row : row + rows])
-        doc_data.append(TransformerData(wordpieces=wordpieces, model_output=output, align=align))
-        row += rows
+    windows, doc_data = wordpiece_windows(model.tokenizer, docs)
+    vectors, backprop = model.layers[0].shims[0](windows, is_train)
+    array, row = torch2xp(vectors.detach()), 0
+    for data in doc_data:
+        if rows := sum(data.wordpieces.lengths):
+            data.model_output = BaseModelOutput(last_hidden_state=array[None, row : row + rows])
+            row += rows
 
     def backprop_docs(gradient: VectorBatch) -> list[Doc]:
         backprop(gradient.model_output.last_hidden_state)
@@ -359,8 +360,8 @@ def forward(
 
 def wordpiece_windows(
     tokenizer: PreTrainedTokenizerFast, docs: Sequence[Doc]
-) -> tuple[list[Window], list[tuple[WordpieceBatch, Ragged]]]:
-    """Return the windows of all Docs, and for each Doc its wordpieces and their alignment with its tokens.
+) -> tuple[list[Window], list[TransformerData]]:
+    """Return the windows of all Docs, and each Doc's wordpieces and their alignment with its tokens, without vectors.
 
     A Doc's wordpieces are one sequence that begins with a special token; a Doc without tokens has none. A token aligns
     with every wordpiece that holds one of its characters, or else with the special token.
@@ -371,10 +372,9 @@ def wordpiece_windows(
     encoder_text = registry.misc.get("panx_xlmr.EncoderText.v1")  # scripts/pipeline/tokenizer.py
     texts = [encoder_text(doc) for doc in docs]
     encodings = tokenizer.backend_tokenizer.encode_batch([text for text, _ in texts], add_special_tokens=False)
-    windows, aligned, row = [], [], 0
-    for doc, encoding, (_, places) in zip(docs, encodings, texts, strict=True):
+    windows, doc_data, row = [], [TransformerData.empty() for _ in docs], 0
+    for doc, data, encoding, (_, places) in zip(docs, doc_data, encodings, texts, strict=True):
         if not len(doc):
-            aligned.append((WordpieceBatch.empty(), Ragged(numpy.zeros(0, dtype="i"), numpy.zeros(0, dtype="i"))))
             continue
         ids = encoding.ids
         for start, end, first, last in window_bounds(len(ids)):
@@ -388,17 +388,17 @@ def wordpiece_windows(
                     count=last - first + special,
                 )
             )
-        wordpieces = WordpieceBatch(
+        data.wordpieces = WordpieceBatch(
             strings=[[tokenizer.convert_ids_to_tokens(before[-1]), *encoding.tokens]],
             input_ids=numpy.array([[before[-1], *ids]], dtype="i"),
             attention_mask=numpy.ones((1, len(ids) + 1), dtype="f"),
             lengths=[len(ids) + 1],
             token_type_ids=None,
         )
-        offsets = numpy.array(encoding.offsets, dtype="int64").reshape(-1, 2)
-        aligned.append((wordpieces, align_tokens(doc, offsets - numpy.searchsorted(places, offsets))))
+        offsets = numpy.array([(-1, -1), *encoding.offsets], dtype="int64")  # the special token is before the text
+        data.align = align_tokens(doc, offsets - numpy.searchsorted(places, offsets))
         row += len(ids) + 1
-    return windows, aligned
+    return windows, doc_data
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -417,12 +417,12 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
     """Return the ids of the special tokens before and after a text. Raises ValueError if there is none before it."""
-    encode = tokenizer.backend_tokenizer.encode
-    plain, whole = (encode("a", add_special_tokens=special).ids for special in (False, True))
-    for start in range(1, len(whole)):
-        if whole[start : start + len(plain)] == plain:
-            return whole[:start], whole[start + len(plain) :]
-    raise ValueError(f"{type(tokenizer).__name__} puts no special token before a text; use an encoder that needs one.")
+    encoding = tokenizer.backend_tokenizer.encode("a")
+    pieces = [i for i, is_special in enumerate(encoding.special_tokens_mask) if not is_special]
+    if not pieces[0]:
+        name = type(tokenizer).__name__
+        raise ValueError(f"{name} puts no special token before a text; use an encoder that needs one.")
+    return encoding.ids[: pieces[0]], encoding.ids[pieces[-1] + 1 :]
 
 
 def window_bounds(length: int) -> Iterator[tuple[int, int, int, int]]:
@@ -431,44 +431,25 @@ def window_bounds(length: int) -> Iterator[tuple[int, int, int, int]]:
     The window holds the wordpieces from `start` to `end` and yields the vectors from `first` to `last`: each half of an
     overlap belongs to the window with more context around it.
     """
-    start = 0
-    while True:
+    for start in range(0, max(length - OVERLAP, 1), WINDOW - OVERLAP):
         end = min(start + WINDOW, length)
         yield start, end, start + (OVERLAP // 2 if start else 0), end - (OVERLAP // 2 if end < length else 0)
-        if end == length:
-            return
-        start = end - OVERLAP
 
 
 def align_tokens(doc: Doc, offsets: numpy.ndarray) -> Ragged:
-    """Return the rows of each token's wordpieces: row i + 1 for wordpiece i, row 0 if a token has none.
+    """Return the rows of each token's wordpieces, or row 0, the special token's, if a token has none.
 
-    offsets: the first character of each wordpiece and the one after its last, shape (wordpieces, 2). The space before a
+    offsets: the first character of each row's wordpiece and the one after its last, shape (rows, 2). The space before a
     word belongs to its wordpiece; a wordpiece of such a space alone is skipped.
     """
     starts, ends = offsets.T
     token_starts = numpy.array([token.idx for token in doc], dtype="int64")
     token_ends = token_starts + numpy.array([len(token) for token in doc], dtype="int64")
     first = numpy.searchsorted(starts, token_starts, side="right") - 1
-    covers = first >= 0
-    if len(ends):
-        covers &= ends[first] > token_starts
-    first = numpy.where(covers, first, first + 1)
+    first += ends[first] <= token_starts
     lengths = numpy.searchsorted(starts, token_ends, side="left") - first
-    rows = numpy.where(lengths > 0, first + 1, 0)
+    rows = numpy.where(lengths > 0, first, 0)
     lengths = numpy.maximum(lengths, 1)
     # a token's rows are consecutive: count up from its first one
     step = numpy.arange(lengths.sum()) - numpy.repeat(numpy.cumsum(lengths) - lengths, lengths)
     return Ragged((numpy.repeat(rows, lengths) + step).astype("i"), lengths.astype("i"))
-
-
-def grouped_by_length(windows: Sequence[Window], size: int) -> Iterator[list[Window]]:
-    """Yield groups of windows of similar length: at most `size` wordpieces with padding, or one window."""
-    group: list[Window] = []
-    for window in sorted(windows, key=lambda window: len(window.ids)):
-        if group and len(window.ids) * (len(group) + 1) > size:
-            yield group
-            group = []
-        group.append(window)
-    if group:
-        yield group
