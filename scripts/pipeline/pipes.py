@@ -42,6 +42,11 @@ def batches(stream: Iterable[Doc], size: int) -> Iterator[list[Doc]]:
 class PanxTransformer(Transformer):
     """spacy-transformers' pipe with streams in batches of bounded size."""
 
+    def __init__(
+        self, nlp: Language, name: str, model: Model, set_extra_annotations: Callable, max_batch_items: int
+    ) -> None:
+        super().__init__(nlp.vocab, model, set_extra_annotations, name=name, max_batch_items=max_batch_items)
+
     def update(
         self, examples: Iterable[Example], *, losses: dict[str, float] | None = None, **settings: Any
     ) -> dict[str, float]:
@@ -54,13 +59,6 @@ class PanxTransformer(Transformer):
         """Set the vectors of a stream in batches of bounded size."""
         for docs in batches(stream, batch_size):
             yield from super().pipe(docs, batch_size=len(docs))
-
-
-def make_transformer(
-    nlp: Language, name: str, model: Model, set_extra_annotations: Callable, max_batch_items: int
-) -> PanxTransformer:
-    """Create the pipe from a config; see spacy_transformers.Transformer."""
-    return PanxTransformer(nlp.vocab, model, set_extra_annotations, max_batch_items=max_batch_items, name=name)
 
 
 @registry.architectures("panx_xlmr.TransformerListener.v1")
@@ -146,6 +144,6 @@ class DocCleaner:
 
 if not Language.has_factory(FACTORY):  # another package of this format may have registered them
     Language.factory(
-        FACTORY, assigns=["doc._.trf_data"], default_config=DEFAULT_CONFIG["transformer"], func=make_transformer
+        FACTORY, assigns=["doc._.trf_data"], default_config=DEFAULT_CONFIG["transformer"], func=PanxTransformer
     )
     Language.factory(CLEANER, func=DocCleaner)
