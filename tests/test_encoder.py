@@ -356,7 +356,6 @@ def test_where_bfloat16_is_not_faster_a_warning_says_that_float32_is_used(tiny_e
 )
 def test_the_matrix_kernel_depends_on_the_processor_alone(monkeypatch, processor, capability, taken):
     linear.onednn_is_faster.cache_clear()
-    monkeypatch.setattr(linear, "HAS_ONEDNN", True)
     monkeypatch.setattr(linear.Path, "read_text", lambda path: f"vendor_id: {processor}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     module = torch.nn.Sequential(torch.nn.Linear(2, 2))
