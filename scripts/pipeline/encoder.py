@@ -378,16 +378,10 @@ def wordpiece_windows(
             continue
         ids = encoding.ids
         for start, end, first, last in window_bounds(len(ids)):
-            # the text's first row belongs to the special token, which stands before the first window's wordpieces
-            special = int(start == 0)
-            windows.append(
-                Window(
-                    ids=[*before, *ids[start:end], *after],
-                    row=row + 1 + first - special,
-                    first=len(before) + first - start - special,
-                    count=last - first + special,
-                )
-            )
+            if start == 0:
+                first -= 1  # the text's first row belongs to the special token before its first wordpiece
+            read = [*before, *ids[start:end], *after]
+            windows.append(Window(read, row=row + 1 + first, first=len(before) + first - start, count=last - first))
         data.wordpieces = WordpieceBatch(
             strings=[[tokenizer.convert_ids_to_tokens(before[-1]), *encoding.tokens]],
             input_ids=numpy.array([[before[-1], *ids]], dtype="i"),
