@@ -28,8 +28,7 @@ FACTORY = "panx_xlmr_ner_v2"  # the number changes with the stored format
 OUTSIDE = 0  # tag ids: O is 0, then B and I of each label in turn
 MASKED = -1  # a missing tag: not annotated, or not aligned
 PADDING = -2  # no tag: behind the end of a sequence
-APOSTROPHES = frozenset("'’")
-QUOTES = APOSTROPHES | frozenset('"`‘“”«»')
+QUOTES = frozenset("'’\"`‘“”«»")
 HYPHENS = frozenset("-\u2010\u2011")
 JOINERS = frozenset("\u00ad\u200c\u200d")  # invisible characters inside words
 IMPOSSIBLE = -1e4  # the score of a forbidden transition: finite, so that gradients are never nan
@@ -164,9 +163,8 @@ class TokenNer(TrainablePipe):
             scores, larger = self.model.get_ref("transitions"), transition_scores(tags)
             for name in ("transitions", "start"):
                 larger.set_param(name, larger.ops.xp.pad(scores.get_param(name), (0, tags - scores.get_dim("nO"))))
-            for name, new in (("output_layer", resize_linear_weighted(old, tags)), ("transitions", larger)):
-                self.model.replace_node(self.model.get_ref(name), new)
-                self.model.set_ref(name, new)
+            self.model.replace_node(scores, larger)
+            self.model.replace_node(old, resize_linear_weighted(old, tags))
         return 1
 
     def initialize(
@@ -211,36 +209,29 @@ class TokenNer(TrainablePipe):
     def set_annotations(self, docs: Iterable[Doc], scores: TagScores) -> None:
         """Decode each Doc's scores and set its entities. Raises ValueError if a Doc's tokens have changed since."""
         docs = list(docs)
-        if not docs:
-            return
         if any(len(doc) != len(of_tokens) for doc, of_tokens in zip(docs, scores.emissions, strict=True)):
             raise ValueError(
                 f"A pipe between the transformer and '{self.name}' merges or splits tokens; put it before the "
                 f"transformer or after '{self.name}'."
             )
-        sequences = [list(tag_sequences(doc)) for doc in docs]
+        sequences = [(number, words) for number, doc in enumerate(docs) for words in tag_sequences(doc)]
         # one array for all Docs: each copy from a GPU is a synchronisation
         arrays = self.model.ops.xp.concatenate(scores.emissions), scores.transitions, scores.start
         every, *parameters = map(self.model.ops.to_numpy, arrays)
-        ends = numpy.cumsum([len(doc_scores) for doc_scores in scores.emissions])
-        emissions = [
-            every[[end - len(doc) + start for start, _ in words]]
-            for doc, end, doc_sequences in zip(docs, ends, sequences, strict=True)
-            for words in doc_sequences
-        ]
+        by_doc = numpy.split(every, numpy.cumsum([len(doc) for doc in docs])[:-1])
+        emissions = [by_doc[number][[start for start, _ in words]] for number, words in sequences]
         segments = [list(_entities(tags)) for tags in decode_iob2(emissions, *parameters)]
         probabilities = segment_probabilities(emissions, *parameters, segments, self.temperature)
-        found = iter(zip(segments, probabilities, strict=True))
-        for doc, doc_sequences in zip(docs, sequences, strict=True):
-            scored = {
-                Span(doc, words[first][0], words[last - 1][1], label=self.labels[label]): probability
-                for words in doc_sequences
-                for (first, last, label), probability in zip(*next(found), strict=True)
-                if probability >= self.threshold
-            }
+        scored: list[dict[Span, float]] = [{} for _ in docs]
+        for (number, words), some, likely in zip(sequences, segments, probabilities, strict=True):
+            for (first, last, label), probability in zip(some, likely, strict=True):
+                if probability >= self.threshold:
+                    span = Span(docs[number], words[first][0], words[last - 1][1], label=self.labels[label])
+                    scored[number][span] = probability
+        for doc, spans in zip(docs, scored, strict=True):
             blocked = [doc[token.i : token.i + 1] for token in doc if token.ent_iob == 3 and not token.ent_type]
-            doc.set_ents([*doc.ents, *scored], blocked=blocked)
-            for span, probability in scored.items():
+            doc.set_ents([*doc.ents, *spans], blocked=blocked)
+            for span, probability in spans.items():
                 span._.set(SCORED, (span.label_, probability))
 
     def get_loss(self, examples: Iterable[Example], scores: TagScores) -> tuple[float, TagScores]:
@@ -319,8 +310,8 @@ def _scored(batch: Sequence[Any], classify: Model) -> list[Any]:
     ]
 
 
-def allowed_transitions(tags: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Return which tags may follow which, booleans of shape (tags, tags), and which may begin a sequence.
+def allowed_transitions(tags: int) -> numpy.ndarray:
+    """Return which tags may follow which, booleans of shape (tags, tags). What may follow O may also begin a sequence.
 
     In IOB2, O and B- may stand anywhere, I- only after B- or I- of the same label.
     """
@@ -328,9 +319,7 @@ def allowed_transitions(tags: int) -> tuple[numpy.ndarray, numpy.ndarray]:
     inside = numpy.arange(2, tags, 2)
     follows[:, inside] = False
     follows[inside, inside] = follows[inside - 1, inside] = True
-    begins = numpy.ones(tags, dtype=bool)
-    begins[inside] = False
-    return follows, begins
+    return follows
 
 
 def _padded(sequences: Sequence[Sequence[int]], filler: int) -> numpy.ndarray:
@@ -352,8 +341,7 @@ def negative_log_likelihood(
     if not gold.numel():
         return (emissions.sum() + transitions.sum() + start.sum()) * 0
     device, tags = start.device, len(start)
-    allowed = torch.from_numpy(numpy.vstack(allowed_transitions(tags))).to(device)
-    follows, begins = allowed[:-1], allowed[-1]
+    follows = torch.from_numpy(allowed_transitions(tags)).to(device)
     exists = (gold != PADDING).repeat(2, 1)
     known = gold[..., None]
     agrees = (known == MASKED) | (known == torch.arange(tags, device=device))
@@ -366,10 +354,10 @@ def negative_log_likelihood(
         if steps.shape[1] % 2:
             steps = torch.cat([steps, identity.expand(len(steps), 1, tags, tags)], dim=1)
         steps = torch.logsumexp(steps[:, ::2, :, :, None] + steps[:, 1::2, None, :, :], dim=3)
-    forward = start.masked_fill(~begins, IMPOSSIBLE) + scores[:, 0]
+    forward = start.masked_fill(~follows[OUTSIDE], IMPOSSIBLE) + scores[:, 0]
     if steps.shape[1]:
         forward = torch.logsumexp(forward[:, :, None] + steps[:, 0], dim=1)
-    every, agreeing = torch.logsumexp(forward, dim=1).where(exists[:, 0], 0.0).chunk(2)
+    every, agreeing = torch.logsumexp(forward, dim=1).chunk(2)
     return (every - agreeing).sum()
 
 
@@ -392,14 +380,14 @@ def decode_iob2(
     emissions: Sequence[numpy.ndarray], transitions: numpy.ndarray, start: numpy.ndarray
 ) -> list[numpy.ndarray]:
     """Return the best valid IOB2 tag ids for each array of scores, shape (words, tags)."""
-    lengths = numpy.array([len(scores) for scores in emissions], dtype="int64")
-    if not lengths.any():
-        return [numpy.zeros(0, dtype="int64") for _ in emissions]
-    follows, begins = allowed_transitions(len(start))
+    if not emissions:
+        return []
+    lengths = numpy.array([len(scores) for scores in emissions])
+    follows = allowed_transitions(len(start))
     transitions = numpy.where(follows, transitions, -numpy.inf)
     # as float64: the sum over a long text would lose small differences
     scores, firsts = numpy.concatenate(emissions).astype("float64"), numpy.cumsum(lengths) - lengths
-    scores[firsts[lengths > 0]] += numpy.where(begins, start, -numpy.inf)
+    scores[firsts] += numpy.where(follows[OUTSIDE], start, -numpy.inf)
     best = scores + _behind(scores, lengths, transitions, numpy.maximum)
     tags = best.argmax(axis=1)  # right for first words; each other tag depends on the one before
     for i in range(1, lengths.max()):
@@ -425,12 +413,12 @@ def segment_probabilities(
     having = [i for i, some in enumerate(segments) if some]
     if not having:
         return probabilities
-    follows, begins = allowed_transitions(len(start))
+    follows = allowed_transitions(len(start))
     transitions = numpy.where(follows, transitions / temperature, IMPOSSIBLE)
     scores = numpy.concatenate([emissions[i] for i in having]).astype("float64") / temperature
     lengths = numpy.array([len(emissions[i]) for i in having])
     firsts = numpy.cumsum(lengths) - lengths
-    scores[firsts] += numpy.where(begins, start / temperature, IMPOSSIBLE)
+    scores[firsts] += numpy.where(follows[OUTSIDE], start / temperature, IMPOSSIBLE)
     backward = _behind(scores, lengths, transitions, numpy.logaddexp)
     forward = scores + _behind(scores[::-1], lengths[::-1], transitions.T, numpy.logaddexp)[::-1]
     every = numpy.logaddexp.reduce(forward[firsts + lengths - 1], axis=1)
@@ -464,6 +452,7 @@ def tag_sequences(doc: Doc) -> Iterator[list[tuple[int, int]]]:
     or a tab.
     """
     words: list[tuple[int, int]] = []
+    text = doc.text
     for token in doc:
         if token.ent_iob in (1, 3) or (token.is_space and (token.text.count("\n") > 1 or "\t" in token.text)):
             if words:
@@ -471,7 +460,7 @@ def tag_sequences(doc: Doc) -> Iterator[list[tuple[int, int]]]:
             words = []
         elif token.is_space:
             continue
-        elif words and words[-1][1] == token.i and _is_one_word(doc[token.i - 1], token):
+        elif words and words[-1][1] == token.i and _is_one_word(doc[token.i - 1], token, text):
             words[-1] = words[-1][0], token.i + 1
         else:
             words.append((token.i, token.i + 1))
@@ -479,25 +468,23 @@ def tag_sequences(doc: Doc) -> Iterator[list[tuple[int, int]]]:
         yield words
 
 
-def _is_one_word(left: Token, right: Token) -> bool:
-    """Return whether adjacent tokens are one word, as in PAN-X: `centro-nord`, `10km`, an initial with its period.
+def _is_one_word(left: Token, right: Token, text: str) -> bool:
+    """Return whether adjacent tokens of a text are one word, as in PAN-X: `centro-nord`, `10km`, the initial `F.`
 
     Every other punctuation mark or symbol is a word, and so is an elided article: `dell'` + `Italia`.
     """
     if left.whitespace_:
         return False
-    last, first = left.text[-1], right.text[0]
+    last, first = text[right.idx - 1], text[right.idx]
     if right.text == "." and len(left) == 1 and last.isalpha():
         # at the end of a text it is the sentence's
         return any(not token.is_space for token in right.doc[right.i + 1 : right.i + 3])
     if last in QUOTES and first in QUOTES:
         return QUOTES.issuperset(left.text + right.text)
     if first in HYPHENS:
-        after = right.text[1:] or (right.nbor().text if not right.whitespace_ and right.i + 1 < len(right.doc) else "")
-        return _in_word(last) and _in_word(after[:1])
-    if last in HYPHENS:
-        before = left.text[:-1] or (left.nbor(-1).text_with_ws if left.i else "")
-        return _in_word(before[-1:]) and _in_word(first)
+        first = text[right.idx + 1 : right.idx + 2]
+    elif last in HYPHENS:
+        last = text[right.idx - 2 : right.idx - 1]
     return _in_word(last) and _in_word(first)
 
 
