@@ -35,7 +35,7 @@ def test_too_certain_a_pipeline_becomes_as_certain_as_it_is_right_and_finds_the_
     assert numpy.mean([ent._.panx_score for ent in calibrated.ents]) == pytest.approx(0.75, abs=0.1)
     assert [(e.text, e.label_) for e in calibrated.ents] == [(e.text, e.label_) for e in doc.ents]
     nlp.to_disk(tmp_path)
-    assert spacy.load(tmp_path).get_pipe("ner").temperature == temperature
+    assert spacy.load(tmp_path).get_pipe("ner").cfg["temperature"] == temperature
 
 
 def test_the_threshold_neither_changes_the_temperature_nor_is_changed(nlp, gold):

@@ -23,6 +23,7 @@ from spacy.training import Example, biluo_to_iob, validate_examples, validate_ge
 from thinc.api import Dropout, Linear, Model, Ops, chain, torch2xp, with_array, xp2torch
 from thinc.layers.resizable import resize_linear_weighted
 from thinc.types import Floats1d, Floats2d
+from transformers.file_utils import ModelOutput
 
 FACTORY = "panx_xlmr_ner_v2"  # the number changes with the stored format
 OUTSIDE = 0  # tag ids: O is 0, then B and I of each label in turn
@@ -128,11 +129,6 @@ class TokenNer(TrainablePipe):
         self.scorer = scorer
 
     @property
-    def temperature(self) -> float:
-        """The divisor of all scores for `span._.panx_score`, set by scripts/calibrate.py; 1 by default."""
-        return self.cfg.get("temperature", 1.0)
-
-    @property
     def labels(self) -> tuple[str, ...]:
         """The entity labels, in the order of their tag ids."""
         return tuple(self.cfg["labels"])
@@ -203,8 +199,17 @@ class TokenNer(TrainablePipe):
             raise ValueError(
                 f"The pipe '{self.name}' needs the transformer, which is disabled or has not run; run both."
             )
-        emissions = first_wordpieces.predict(_scored(listener.predict(docs), classify))
-        return transitions.predict([some.reshape(len(some), len(self.tags)) for some in emissions])
+        batch = listener.predict(docs)
+        full = [data for data in batch if data.model_output]  # the others' Docs have no tokens
+        vectors = [data.model_output.last_hidden_state[0] for data in full]
+        # a list is concatenated: fewer GPU kernels for many Docs, a second copy for one
+        scores = classify.predict(vectors) if len(full) > 1 else [classify.predict(vectors[0])]
+        both = zip(full, scores, strict=True)
+        # scores in place of vectors, since the layer copies what it takes: of vectors, 600 MB for a text of 1 MB
+        scored = [replace(data, model_output=ModelOutput(last_hidden_state=some[None])) for data, some in both]
+        emissions = iter(first_wordpieces.predict(scored))
+        empty = self.model.ops.alloc2f(0, len(self.tags))
+        return transitions.predict([next(emissions) if data.model_output else empty for data in batch])
 
     def set_annotations(self, docs: Iterable[Doc], scores: TagScores) -> None:
         """Decode each Doc's scores and set its entities. Raises ValueError if a Doc's tokens have changed since."""
@@ -221,7 +226,8 @@ class TokenNer(TrainablePipe):
         by_doc = numpy.split(every, numpy.cumsum([len(doc) for doc in docs])[:-1])
         emissions = [by_doc[number][[start for start, _ in words]] for number, words in sequences]
         segments = [list(_entities(tags)) for tags in decode_iob2(emissions, *parameters)]
-        probabilities = segment_probabilities(emissions, *parameters, segments, self.temperature)
+        temperature = self.cfg.get("temperature", 1.0)  # set by scripts/calibrate.py
+        probabilities = segment_probabilities(emissions, *parameters, segments, temperature)
         scored: list[dict[Span, float]] = [{} for _ in docs]
         for (number, words), some, likely in zip(sequences, segments, probabilities, strict=True):
             for (first, last, label), probability in zip(some, likely, strict=True):
@@ -292,22 +298,6 @@ if not Language.has_factory(FACTORY):  # another package of this format may have
         default_score_weights={"ents_f": 1.0, "ents_p": 0.0, "ents_r": 0.0, "ents_per_type": None},
         func=TokenNer,
     )
-
-
-def _scored(batch: Sequence[Any], classify: Model) -> list[Any]:
-    """Return each Doc's TransformerData with scores of tags in place of vectors.
-
-    The layer that takes one wordpiece per token copies what it takes: for a text of 1 MB, 600 MB more if vectors.
-    """
-    vectors = [data.model_output.last_hidden_state[0] for data in batch if data.model_output]
-    # a list is concatenated: fewer GPU kernels for many Docs, a second copy for one
-    scores = iter(classify.predict(vectors) if len(vectors) > 1 else [classify.predict(vectors[0])])
-    return [
-        replace(data, model_output=type(data.model_output)(last_hidden_state=next(scores)[None]))
-        if data.model_output
-        else data  # of a Doc without tokens
-        for data in batch
-    ]
 
 
 def allowed_transitions(tags: int) -> numpy.ndarray:
