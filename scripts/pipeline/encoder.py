@@ -119,20 +119,19 @@ class TransformerShim(HFShim):
         if not message["config"]:
             return super().from_bytes(bytes_data)
         del bytes_data  # frees a copy of the weights, if the caller keeps none
+        files = message["tokenizer"]
+        files.pop("kwargs", None)
+        if wrong := [name for name in files if name in ("", "..") or Path(name).name != name]:
+            raise ValueError(f"The pipeline's tokenizer has a file {wrong[0]!r}, expected plain names; do not use it.")
+        # json, because srsly writes a layer_norm_eps of 1e-12 as 0, and refuses model_max_length = 10**30
+        settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+        if named := [n for n in ("vocab_file", "tokenizer_file", "merges_file", "spm_file") if settings.get(n)]:
+            raise ValueError(f"The pipeline's tokenizer_config.json names a file ({named[0]}); do not use it.")
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            # json, because srsly writes a layer_norm_eps of 1e-12 as 0, and refuses model_max_length = 10**30
             (folder / "config.json").write_text(json.dumps(message["config"]), encoding="utf8")
-            message["tokenizer"].pop("kwargs", None)
-            for file, content in message["tokenizer"].items():
-                if file in ("", "..") or Path(file).name != file:
-                    raise ValueError(
-                        f"The pipeline's tokenizer has a file {file!r}, expected plain names; do not use it."
-                    )
+            for file, content in files.items():
                 (folder / file).write_bytes(content)
-            settings = json.loads(message["tokenizer"].get("tokenizer_config.json", b"{}"))
-            if named := [n for n in ("vocab_file", "tokenizer_file", "merges_file", "spm_file") if settings.get(n)]:
-                raise ValueError(f"The pipeline's tokenizer_config.json names a file ({named[0]}); do not use it.")
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             vocab_file = getattr(tokenizer, "vocab_file", None)
             vocab_file_contents = Path(vocab_file).read_bytes() if vocab_file else None
@@ -148,10 +147,8 @@ class TransformerShim(HFShim):
         self._hfmodel = HFObjects(tokenizer, transformer, vocab_file_contents)
         # made now, not in the first of several threads that predict
         if self._prediction_model() is transformer and self.precision == "bfloat16":
-            warnings.warn(
-                "This processor is not faster in bfloat16 than in float32: the pipeline predicts in float32.",
-                stacklevel=2,
-            )
+            warning = "This processor is not faster in bfloat16 than in float32: the pipeline predicts in float32."
+            warnings.warn(warning, stacklevel=2)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -216,9 +213,8 @@ class TransformerShim(HFShim):
                 if device.type != "cpu":
                     raise ValueError(f"Precision int8 is for the CPU, but the pipeline is on {device}; use bfloat16.")
                 encode = self._hfmodel.tokenizer.backend_tokenizer.encode
-                others |= registry.misc.get("panx_xlmr.Int8Layers.v2")(
-                    self._model, lambda text: table(torch.tensor([encode(text).ids]))
-                )
+                int8_layers = registry.misc.get("panx_xlmr.Int8Layers.v2")  # scripts/pipeline/linear.py
+                others |= int8_layers(self._model, lambda text: table(torch.tensor([encode(text).ids])))
             # assigned when complete, since other threads may predict meanwhile
             low_precision = copy.deepcopy(self._model, others).eval()
             self.low_precision = low_precision.to(torch.bfloat16) if self.precision == "bfloat16" else low_precision
@@ -228,10 +224,11 @@ class TransformerShim(HFShim):
         self, windows: Sequence[Window], embed: Callable[[torch.Tensor], torch.Tensor], transformer: torch.nn.Module
     ) -> torch.Tensor:
         device, dtype = transformer.device, transformer.dtype
-        arrays, paddings = [], []
         size, by_length = GROUP_SIZE.get(device.type, GROUP_SIZE["cuda"]), sorted(windows, key=len)
         # spaCy groups them from the longest to the shortest
-        for group in reversed([*minibatch_by_padded_size(by_length, size, buffer=len(windows))]):
+        groups = [*minibatch_by_padded_size(by_length, size, buffer=len(windows))][::-1]
+        arrays = []
+        for group in groups:
             length = len(group[-1])
             ids, mask = numpy.zeros((2, len(group), length), dtype="int64")
             places, rows = [], []  # where a vector is in the group's output, and its row
@@ -241,15 +238,14 @@ class TransformerShim(HFShim):
                 places.append(numpy.arange(window.count) + i * length + window.first)
                 rows.append(numpy.arange(window.count) + window.row)
             arrays += [ids, mask, numpy.concatenate(places), numpy.concatenate(rows)]
-            paddings.append(not mask.all())
         # one copy to a GPU is faster than several
         flat = torch.from_numpy(numpy.concatenate([array.ravel() for array in arrays])).to(device)
         parts = flat.split([array.size for array in arrays])
         tensors = iter([part.view(array.shape) for part, array in zip(parts, arrays, strict=True)])
         vectors = torch.empty(sum(window.count for window in windows), transformer.config.hidden_size, device=device)
-        for padding, ids, mask, places, rows in zip(paddings, tensors, tensors, tensors, tensors, strict=True):
+        for group, ids, mask, places, rows in zip(groups, tensors, tensors, tensors, tensors, strict=True):
             # PyTorch is faster without a mask
-            masked = {"attention_mask": mask} if padding else {}
+            masked = {"attention_mask": mask} if len(group[0]) < len(group[-1]) else {}
             output = transformer(inputs_embeds=embed(ids).to(dtype), **masked).last_hidden_state
             # group by group: the vectors of a long text are in memory once
             vectors.index_copy_(0, rows, output.flatten(0, 1).index_select(0, places).float())
@@ -361,11 +357,7 @@ def forward(
 def wordpiece_windows(
     tokenizer: PreTrainedTokenizerFast, docs: Sequence[Doc]
 ) -> tuple[list[Window], list[TransformerData]]:
-    """Return the windows of all Docs, and each Doc's wordpieces and their alignment with its tokens, without vectors.
-
-    A Doc's wordpieces are one sequence that begins with a special token; a Doc without tokens has none. A token aligns
-    with every wordpiece that holds one of its characters, or else with the special token.
-    """
+    """Return the windows of all Docs, and each Doc's wordpieces and their alignment with its tokens."""
     if tokenizer.backend_tokenizer.truncation or tokenizer.backend_tokenizer.padding:
         prepare_tokenizer(tokenizer)  # again, since somebody called the tokenizer with other settings
     before, after = special_ids(tokenizer)
