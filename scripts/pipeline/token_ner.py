@@ -193,9 +193,8 @@ class TokenNer(TrainablePipe):
         if not (tok2vec.layers and tok2vec.layers[-1].name == "first-wordpieces"):
             return self.model.predict(docs)
         listener, first_wordpieces = tok2vec.layers
-        if listener.name == "transformer-listener" and any(
-            len(doc) and getattr(doc._, "trf_data", None) is None for doc in docs
-        ):
+        unread = any(len(doc) and getattr(doc._, "trf_data", None) is None for doc in docs)
+        if unread and listener.name == "transformer-listener":
             raise ValueError(
                 f"The pipe '{self.name}' needs the transformer, which is disabled or has not run; run both."
             )
@@ -333,8 +332,7 @@ def negative_log_likelihood(
     device, tags = start.device, len(start)
     follows = torch.from_numpy(allowed_transitions(tags)).to(device)
     exists = (gold != PADDING).repeat(2, 1)
-    known = gold[..., None]
-    agrees = (known == MASKED) | (known == torch.arange(tags, device=device))
+    agrees = (gold[..., None] == MASKED) | (gold[..., None] == torch.arange(tags, device=device))
     scores = torch.cat([emissions, emissions.masked_fill(~agrees, IMPOSSIBLE)])
     # shape (sequences, length - 1, tags, tags): from each tag to each next one; the identity beyond the end
     steps = transitions.masked_fill(~follows, IMPOSSIBLE) + scores[:, 1:, None, :]
@@ -448,11 +446,9 @@ def tag_sequences(doc: Doc) -> Iterator[list[tuple[int, int]]]:
             if words:
                 yield words
             words = []
-        elif token.is_space:
-            continue
         elif words and words[-1][1] == token.i and _is_one_word(doc[token.i - 1], token, text):
             words[-1] = words[-1][0], token.i + 1
-        else:
+        elif not token.is_space:
             words.append((token.i, token.i + 1))
     if words:
         yield words
