@@ -127,18 +127,17 @@ def int8_layers(transformer: torch.nn.Module, embed: Callable[[str], torch.Tenso
 
     embed: returns the embeddings of a text's wordpieces, shape (1, pieces, width).
     """
-    layers = [module for module in transformer.modules() if isinstance(module, torch.nn.Linear)]
-    largest: dict[int, torch.Tensor] = {}
+    largest: dict[torch.nn.Linear, torch.Tensor] = {}
 
-    def look(layer: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        largest[id(layer)] = inputs[0].abs().flatten(0, -2).amax(dim=0)
+    def look(layer: torch.nn.Linear, inputs: tuple[torch.Tensor]) -> None:
+        largest[layer] = inputs[0].abs().flatten(0, -2).amax(dim=0)
 
-    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    hooks = [m.register_forward_pre_hook(look) for m in transformer.modules() if isinstance(m, torch.nn.Linear)]
     with torch.no_grad():
         transformer(inputs_embeds=embed(SAMPLE))
     for hook in hooks:
         hook.remove()
-    return {id(layer): Int8Linear(layer, largest[id(layer)]) for layer in layers}
+    return {id(layer): Int8Linear(layer, inputs) for layer, inputs in largest.items()}
 
 
 @registry.misc("panx_xlmr.HasBFloat16.v1")

@@ -95,8 +95,7 @@ def _forward_first(
     # one Doc's vectors are not copied: they may be those of a book
     vectors = arrays[0] if len(arrays) == 1 else ops.xp.concatenate(arrays)
     shape = vectors.shape
-    ends = numpy.cumsum([len(some) for some in lengths])
-    found = iter(ops.xp.split(vectors[rows], ends[:-1]))
+    found = iter(ops.unflatten(vectors[rows], numpy.array([len(some) for some in lengths])))
     outputs = [next(found) if "last_hidden_state" in data.model_output else ops.alloc2f(0, 0) for data in batch]
 
     def backprop(gradients: list[Floats2d]) -> list[TransformerData]:

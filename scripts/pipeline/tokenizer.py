@@ -76,8 +76,7 @@ class LinearTokenizer(Tokenizer):
         words, spaces, norms = zip(*tokens, strict=True)
         doc = Doc(self.vocab, words=words, spaces=spaces)
         for token, norm in zip(doc, norms, strict=True):
-            if token.norm_ != norm:  # set by one of the language's exceptions
-                token.norm_ = norm
+            token.norm_ = norm  # the language's exceptions have norms of their own
         return doc
 
     def _parts(self, chunk: str) -> Iterator[str]:

@@ -19,8 +19,7 @@ def shortest(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Store weights losslessly in the smallest of int8 with a scale per row (matrices), float16 and float32."""
     short = {}
     for name, tensor in weights.items():
-        tensor = tensor.detach().cpu().contiguous()
-        short[name] = tensor
+        short[name] = tensor = tensor.detach().cpu().contiguous()
         if tensor.dtype != torch.float32:
             continue
         if tensor.dim() == 2 and (rows := _in_8_bits(tensor)):
