@@ -10,7 +10,7 @@ From gold entities to the gradient: `gold_tags` reads a tag per token, `_word_ta
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from typing import Any
 
 import numpy
@@ -247,19 +247,20 @@ class TokenNer(TrainablePipe):
         """
         validate_examples(examples, "TokenNer.get_loss")
         lengths = [len(doc_scores) for doc_scores in scores.emissions]
-        rows, gold = [], []
-        for example, end in zip(examples, numpy.cumsum(lengths), strict=True):
+        sequences = []  # pairs of a word's row among all Docs' tokens and its gold tag
+        for example, end in zip(examples, accumulate(lengths), strict=True):
             tags = self.gold_tags(example)
             for words in tag_sequences(example.predicted):
-                rows.append([int(end) - len(tags) + start for start, _ in words])
-                gold.append([_word_tag(tags[start:stop]) for start, stop in words])
+                sequences.append([(end - len(tags) + start, _word_tag(tags[start:stop])) for start, stop in words])
+        count = sum(tag != MASKED for pairs in sequences for _, tag in pairs)
+        # the shape is given, since there may be no sequence
+        shape = 2, len(sequences), max(map(len, sequences), default=0)
+        padded = numpy.array([*zip_longest(*sequences, fillvalue=(0, PADDING))], dtype="int64").T.reshape(shape)
         arrays = self.model.ops.xp.concatenate(scores.emissions), scores.transitions, scores.start
         emissions, transitions, start = leaves = [xp2torch(array, requires_grad=True) for array in arrays]
-        count = sum(tag != MASKED for tags in gold for tag in tags)
-        # one copy to a GPU is faster than two
-        both = torch.from_numpy(numpy.stack([_padded(rows, 0), _padded(gold, PADDING)])).to(emissions.device)
-        padded = emissions.index_select(0, both[0].flatten()).view(*both[0].shape, emissions.shape[1])
-        loss = negative_log_likelihood(padded, transitions, start, both[1]) / max(count, 1)
+        rows, gold = torch.from_numpy(padded.copy()).to(emissions.device)  # one copy to a GPU is faster than two
+        of_words = emissions.index_select(0, rows.flatten()).view(*rows.shape, emissions.shape[1])
+        loss = negative_log_likelihood(of_words, transitions, start, gold) / max(count, 1)
         gradients = [torch2xp(g) for g in torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
         by_doc = self.model.ops.unflatten(gradients[0], numpy.array(lengths, dtype="int32"))
         return float(loss.detach()), TagScores(by_doc, *gradients[1:])
@@ -309,11 +310,6 @@ def allowed_transitions(tags: int) -> numpy.ndarray:
     follows[:, inside] = False
     follows[inside, inside] = follows[inside - 1, inside] = True
     return follows
-
-
-def _padded(sequences: Sequence[Sequence[int]], filler: int) -> numpy.ndarray:
-    """Return the sequences as one array of shape (sequences, longest), or (0,) if there are none."""
-    return numpy.array([*zip_longest(*sequences, fillvalue=filler)], dtype="int64").T
 
 
 def negative_log_likelihood(
@@ -423,14 +419,13 @@ def segment_probabilities(
     return probabilities
 
 
-def _entities(tags: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+def _entities(tags: numpy.ndarray) -> Iterator[tuple[int, int, int]]:
     """Yield (first word, word after the last, index of the label) of each entity in a valid sequence of tag ids."""
-    start = 0
-    for end in range(1, len(tags) + 1):
-        if end == len(tags) or tags[end] == OUTSIDE or tags[end] % 2 == 1:
-            if tags[start] != OUTSIDE:
-                yield start, end, (tags[start] - 1) // 2
-            start = end
+    for start in numpy.flatnonzero(tags % 2).tolist():  # B- tags are odd
+        end = start + 1
+        while end < len(tags) and tags[end] == tags[start] + 1:
+            end += 1
+        yield start, end, tags[start] // 2
 
 
 def tag_sequences(doc: Doc) -> Iterator[list[tuple[int, int]]]:
