@@ -81,9 +81,7 @@ def fitting_workers(machines: Sequence[dict[str, Any]], cpus: int, gpus: float) 
     alive = [machine["Resources"] for machine in machines if machine["Alive"]]
     fitting = sum(int(min(has.get(kind, 0) / need for kind, need in needs.items())) for has in alive)
     if not fitting:
-        raise UserError(
-            f"No worker fits: each needs {cpus} CPUs and {gpus:g} GPUs, more than any machine of the cluster has."
-        )
+        raise UserError(f"No worker fits: each needs {cpus} CPUs and {gpus:g} GPUs, more than any machine has.")
     return fitting
 
 

@@ -128,10 +128,9 @@ def _read_csv(path: Path, column: str) -> Iterator[tuple[Any, str]]:
         try:
             header = next(records, [])
             _check_column(path, column, header)
-            index = header.index(column)
+            index, size = header.index(column), len(header)
             for cells in records:
-                wrong = f"{len(cells)} cells, the header has {len(header)}"
-                yield (cells[index], "") if len(cells) == len(header) else (None, wrong)
+                yield (cells[index], "") if len(cells) == size else (None, f"{len(cells)} cells, the header has {size}")
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num:,}: not CSV ({error}); check its quotes.") from None
 
