@@ -9,9 +9,7 @@ from pathlib import Path
 import spacy
 from spacy.language import Language
 
-from scripts.pipeline import encoder, linear, pipes, token_ner, tokenizer, weights
-
-__all__ = ["blank_pipeline", "encoder", "linear", "load_pipeline", "pipes", "token_ner", "tokenizer", "weights"]
+from scripts.pipeline import encoder, linear, pipes, token_ner, tokenizer, weights  # noqa: F401
 
 
 def blank_pipeline(lang: str) -> Language:

@@ -112,8 +112,7 @@ class TransformerShim(HFShim):
     def from_bytes(self, bytes_data: bytes) -> "TransformerShim":
         """Load what `to_bytes` returned, with weights as float32. Code in the files is never run.
 
-        Raises ValueError for a tokenizer file whose name leads out of its folder, and for a tokenizer config that names
-        files.
+        Raises ValueError for a tokenizer file that would be outside its folder, or a tokenizer config that names files.
         """
         message = srsly.msgpack_loads(bytes_data)
         if not message["config"]:

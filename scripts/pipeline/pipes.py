@@ -24,8 +24,7 @@ MAX_TOKENS = 8192  # tokens whose vectors a stream keeps in memory at a time
 @registry.misc("panx_xlmr.Batches.v1")
 def batches(stream: Iterable[Doc], size: int) -> Iterator[list[Doc]]:
     """Yield batches of up to `size` Docs and MAX_TOKENS tokens, or one Doc, so that a stream's memory is bounded."""
-    batch: list[Doc] = []
-    tokens = 0
+    batch, tokens = [], 0
     for doc in stream:
         if batch and tokens + len(doc) > MAX_TOKENS:
             yield batch

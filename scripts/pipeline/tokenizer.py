@@ -141,8 +141,7 @@ def encoder_text(doc: Doc) -> tuple[str, list[int]]:
     since most words have wordpieces of their own only after a space.
     """
     text = without_capitals(doc.text)
-    words = [token.idx for token in doc if token.i and token.text[0].isalpha()]
-    starts = [start for start in words if SIGN.match(text, start - 1)]
+    starts = [token.idx for token in doc if token.i and token.text[0].isalpha() and SIGN.match(text, token.idx - 1)]
     parts = [text[start:end] for start, end in zip([0, *starts], [*starts, None], strict=True)]
     return " ".join(parts), [start + i for i, start in enumerate(starts)]
 
