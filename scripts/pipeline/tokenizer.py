@@ -76,7 +76,8 @@ class LinearTokenizer(Tokenizer):
         words, spaces, norms = zip(*tokens, strict=True)
         doc = Doc(self.vocab, words=words, spaces=spaces)
         for token, norm in zip(doc, norms, strict=True):
-            token.norm_ = norm  # the language's exceptions have norms of their own
+            if token.norm_ != norm:  # set by one of the language's exceptions
+                token.norm_ = norm
         return doc
 
     def _parts(self, chunk: str) -> Iterator[str]:
