@@ -1,6 +1,6 @@
 """Check that a GPU computes what the CPU computes, in a few minutes: `python -m benchmarks.gpu_check`.
 
-After the driver, CuPy and memory, it trains one epoch on the sample corpus with the small encoder: on the CPU, on the
+After PyTorch, CuPy and memory, it trains one epoch on the sample corpus with the small encoder: on the CPU, on the
 GPU in float32, and on the GPU in mixed precision. There is no dropout, so that the losses can be compared.
 """
 

@@ -30,8 +30,8 @@ def check_pytorch(gpu_id: int) -> str:
         name, (major, minor) = torch.cuda.get_device_name(gpu_id), torch.cuda.get_device_capability(gpu_id)
     except (AssertionError, RuntimeError) as error:  # no CUDA, no driver, an old driver, no such GPU, no code for it
         raise UserError(
-            f"PyTorch {torch.__version__} does not compute on GPU {gpu_id} ({reason(error)}); install a driver that "
-            f"fits it until `nvidia-smi` runs, run `make venv-gpu`, check --vars.gpu_id, {ON_CPU}."
+            f"PyTorch {torch.__version__} does not compute on GPU {gpu_id} ({reason(error)}); run `make venv-gpu`, "
+            f"install a driver until `nvidia-smi` runs, set another --vars.gpu_id, {ON_CPU}."
         ) from error
     return f"{name} (sm_{major}{minor}), PyTorch {torch.__version__} for CUDA {torch.version.cuda}"
 

@@ -46,21 +46,19 @@ def split_path(folder: Path, split: str, lang: str) -> Path:
 
 
 def read_blocks(path: Path) -> list[list[tuple[str, str]]]:
-    """Return the lines of a UTF-8 file, each after its file and number, in blocks that blank lines separate.
+    """Return the blocks of a UTF-8 file that blank lines separate, each a list of ("FILE, line NUMBER", line).
 
     Raises UserError, with file and line, for bytes that are not UTF-8.
     """
-    data = path.read_bytes()
     try:
-        text = data.decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        number = data[: error.start].count(b"\n") + 1
-        message = f"not UTF-8 (byte {data[error.start]:#04x}); save it as UTF-8."
-        raise UserError(f"{path}, line {number}: {message}") from None
+        number, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
+        raise UserError(f"{path}, line {number}: not UTF-8 (byte {byte:#04x}); save it as UTF-8.") from None
     blocks: list[list[tuple[str, str]]] = [[]]
     # not str.splitlines, which would cut inside tokens that contain U+2028 or U+0085
     for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
+        if line.strip(" \r"):
             blocks[-1].append((f"{path}, line {number}", line.removesuffix("\r")))
         else:
             blocks.append([])

@@ -189,12 +189,12 @@ def main(
     for path in (training, corpus):
         if not path.is_file():
             raise UserError(f"{path}: missing; run `spacy project run all`, which makes it.")
+    rows = list(srsly.read_jsonl(training))
     nlp = load_pipeline(model, gpu_id)
     examples = list(Corpus(corpus, gold_preproc=True)(nlp))
     gold = [example.reference for example in examples]
     predicted = list(nlp.pipe(example.predicted for example in examples))
     with replacing(output) as path:
-        rows = list(srsly.read_jsonl(training))
         path.write_text(make_report(gold, predicted, rows, name), encoding="utf8")
     msg.good(f"{output}: {len(gold)} sentences; open it in a browser")
 

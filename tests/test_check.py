@@ -52,8 +52,8 @@ NO_CODE = RuntimeError("CUDA error: no kernel image is available\nFor debugging 
 @pytest.mark.parametrize(
     ("surroundings", "sentence"),
     [
-        ({"gpu": NO_CUDA}, "PyTorch 2.0 does not compute on GPU 0 (Torch not compiled with CUDA enabled); install a"),
-        ({"gpu": NO_CODE}, "(CUDA error: no kernel image is available For debugging consider); install a driver"),
+        ({"gpu": NO_CUDA}, "PyTorch 2.0 does not compute on GPU 0 (Torch not compiled with CUDA enabled); run `make"),
+        ({"gpu": NO_CODE}, "(CUDA error: no kernel image is available For debugging consider); run `make venv-gpu`"),
         ({"cupy": None}, "CuPy, which spaCy needs on a GPU, does not work (import of cupy halted"),
         ({"cupy": RuntimeError("no nvrtc")}, "(no nvrtc); install cupy-cuda12x with `make venv-gpu`"),
         ({"cupy": "wrong"}, "CuPy 14.2.0 computes wrong products or sums"),

@@ -21,7 +21,8 @@ def test_windows_line_ends_and_byte_order_mark_change_nothing(tmp_path):
         ("Roma\tB-LOC\nRoma\tB-GPE\n", "line 2", "unknown tag 'B-GPE'"),
         ("Roma\tB-LOC\n\nRoma B-LOC\n", "line 3", "0 tabs"),
         ("Roma\t\tB-LOC\n", "line 1", "2 tabs"),
-        (b"Roma\tB-LOC\nCitt\xe0\tO\n", "line 2", "not UTF-8"),
+        ("Roma\tB-LOC\n\t\nEni\tB-ORG\n", "line 2", "unknown tag ''"),
+        (b"\xef\xbb\xbfRoma\tB-LOC\n\xe0\tO\n", "line 2", "not UTF-8 (byte 0xe0)"),
         ("\n\n", "", "no sentence"),
     ],
 )

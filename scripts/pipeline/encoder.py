@@ -404,7 +404,7 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int
     """Return the ids of the special tokens before and after a text. Raises ValueError if there is none before it."""
     encoding = tokenizer.backend_tokenizer.encode("a")
     pieces = [i for i, is_special in enumerate(encoding.special_tokens_mask) if not is_special]
-    if not pieces[0]:
+    if not pieces or not pieces[0]:
         name = type(tokenizer).__name__
         raise ValueError(f"{name} puts no special token before a text; use an encoder that needs one.")
     return encoding.ids[: pieces[0]], encoding.ids[pieces[-1] + 1 :]

@@ -4,7 +4,7 @@ import platform
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from timeit import repeat
+from timeit import timeit
 from typing import Any
 
 import torch
@@ -137,7 +137,7 @@ def int8_layers(transformer: torch.nn.Module, embed: Callable[[str], torch.Tenso
         transformer(inputs_embeds=embed(SAMPLE))
     for hook in hooks:
         hook.remove()
-    return {id(layer): Int8Linear(layer, inputs) for layer, inputs in largest.items()}
+    return {id(layer): Int8Linear(layer, values) for layer, values in largest.items()}
 
 
 @registry.misc("panx_xlmr.HasBFloat16.v1")
@@ -150,6 +150,9 @@ def has_bfloat16() -> bool:
     x, weight = torch.ones(128, 384), torch.ones(1536, 384)
     short_x, short_weight = x.bfloat16(), weight.bfloat16()
     with torch.inference_mode():
-        float32 = repeat(lambda: multiply(x, weight), number=1, repeat=10)
-        bfloat16 = repeat(lambda: linear(short_x, short_weight), number=1, repeat=10)
-    return min(bfloat16) < min(float32)  # the least times, since other processes can only make a kernel slower
+        times = [
+            (timeit(lambda: multiply(x, weight), number=1), timeit(lambda: linear(short_x, short_weight), number=1))
+            for _ in range(10)
+        ]
+    float32, bfloat16 = map(min, zip(*times, strict=True))  # other processes can only make a kernel slower
+    return bfloat16 < float32

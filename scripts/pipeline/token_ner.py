@@ -213,6 +213,8 @@ class TokenNer(TrainablePipe):
     def set_annotations(self, docs: Iterable[Doc], scores: TagScores) -> None:
         """Decode each Doc's scores and set its entities. Raises ValueError if a Doc's tokens have changed since."""
         docs = list(docs)
+        if not docs:
+            return
         if any(len(doc) != len(of_tokens) for doc, of_tokens in zip(docs, scores.emissions, strict=True)):
             raise ValueError(
                 f"A pipe between the transformer and '{self.name}' merges or splits tokens; put it before the "

@@ -165,7 +165,6 @@ def install() -> None:
         "current_device": 0,
         "get_device_name": "stand-in",
         "get_device_capability": (9, 0),
-        "get_arch_list": ["sm_90"],
         "mem_get_info": (8 * 10**9, 8 * 10**9),
         "max_memory_allocated": 0,
         "max_memory_reserved": 0,
